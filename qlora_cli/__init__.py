@@ -1,0 +1,3 @@
+"""qlora: finetune language models in 4 bits from a YAML recipe."""
+
+__version__ = "0.1.0"
