@@ -24,11 +24,13 @@ class UserError(Exception):
 
     where: the place, as file:line:column, a folder or a recipe key.
     what:  the cause, with the value seen.
-    todo:  what to do about it, one sentence without its full stop.
+    todo:  what to do about it, one sentence without its full stop; its first word gets a capital.
     """
 
     def __init__(self, where: object, what: str, todo: str, code: Exit = Exit.USAGE):
         self.where, self.what, self.todo, self.code = str(where), what, todo, code
+        first = todo.split(maxsplit=1)[0]
+        todo = todo[0].upper() + todo[1:] if first.isalpha() else todo  # a key such as data.train stays as it is
         super().__init__(f"{self.where}: {what.rstrip('.')}. {todo.rstrip('.')}.")
 
 

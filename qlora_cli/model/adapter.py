@@ -1,0 +1,212 @@
+"""The LoRA adapter: attached to a base, saved as a plain PEFT folder, loaded again."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_cli.errors import Exit, UserError
+from qlora_cli.model.base import Base
+from qlora_cli.model.source import read_json
+from qlora_cli.recipe.schema import Adapter
+
+PEFT_TASKS = {"causal_lm": "CAUSAL_LM"}
+"""PEFT's name of a recipe task."""
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+def attach_adapter(base: Base, adapter: Adapter, task: str = "causal_lm") -> Any:
+    """The base wrapped in a PEFT model whose adapter weights are fp32 and alone require a gradient.
+
+    Draws A from torch's global generator: seed it before. Raises UserError for a target that matches nothing.
+    """
+    import peft
+
+    if adapter.from_ is not None:
+        return load_adapter(base, Path(adapter.from_), trainable=True)
+    targets = target_modules(base.model, adapter)
+    refuse_tied(base.model, [*adapter.modules_to_save, *([] if isinstance(targets, str) else targets)])
+    config = peft.LoraConfig(
+        task_type=PEFT_TASKS[task],
+        r=adapter.r,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules=targets,
+        init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
+        use_rslora=adapter.use_rslora,
+        use_dora=adapter.use_dora,
+        modules_to_save=adapter.modules_to_save or None,
+        rank_pattern=adapter.rank_pattern,
+        alpha_pattern=adapter.alpha_pattern,
+    )
+    model = peft.get_peft_model(base.model, config)
+    check_patterns(model, adapter)
+    return in_fp32(model)
+
+
+def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
+    """The base with the adapter in `folder`, every tensor of the file used and none missing.
+
+    Raises UserError where the folder is no readable LoRA adapter, or belongs to another architecture.
+    """
+    import peft
+
+    names = adapter_tensor_names(folder)
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        config.inference_mode = not trainable
+        model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable, config=config)
+    except (ValueError, TypeError, KeyError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(folder, f"the adapter does not fit this base: {reason}", "use the base it was trained on") from error
+    expected = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    if names != expected:
+        odd = sorted(names ^ expected)
+        raise UserError(
+            folder / WEIGHTS,
+            f"{len(odd)} tensors do not match the base, such as {odd[0]}",
+            "use the base that the adapter was trained on",
+        )
+    return in_fp32(model) if trainable else model
+
+
+def adapter_tensor_names(folder: Path) -> set[str]:
+    """The names of the tensors in a PEFT adapter folder; only safetensors is read, never a pickle."""
+    from safetensors import SafetensorError, safe_open
+
+    if not folder.is_dir():
+        raise UserError(folder, "no such adapter folder", "name the adapter/ folder of a run")
+    if read_json(folder / CONFIG, "a PEFT adapter folder needs it").get("peft_type") != "LORA":
+        raise UserError(folder / CONFIG, "not a LoRA adapter", "name a LoRA adapter")
+    path = folder / WEIGHTS
+    if not path.exists():
+        pickle = (folder / "adapter_model.bin").exists()
+        found = "the weights are a pickle, which can run code when read" if pickle else f"no {WEIGHTS}"
+        raise UserError(folder, found, "save the adapter as safetensors", Exit.REFUSED if pickle else Exit.USAGE)
+    try:
+        with safe_open(path, "pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise UserError(path, f"damaged: {error}", "restore the file") from error
+
+
+def save_adapter(model: Any, folder: Path, base_name: str) -> None:
+    """Writes the adapter as a plain PEFT folder; `base_name` is the hub id or folder others will load below it."""
+    import peft
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
+    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    config = model.peft_config["default"]
+    name, inference = config.base_model_name_or_path, config.inference_mode
+    config.base_model_name_or_path, config.inference_mode = base_name, True
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.base_model_name_or_path, config.inference_mode = name, inference
+
+
+def in_fp32(model: Any) -> Any:
+    """Casts every trainable weight to fp32: a master that loses no small update."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32)
+    return model
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Full names of the modules that LoRA can wrap, the output head among them."""
+    from transformers.pytorch_utils import Conv1D
+
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+
+
+def target_modules(model: Any, adapter: Adapter) -> str | list[str]:
+    """The recipe's targets for PEFT, every one of which matches a linear module.
+
+    all-linear and names go through as they are, since servers read them. A regular expression becomes the names it
+    matches (PEFT would match it against every module, and stop at the first that is not linear), and so does
+    everything where `layers` narrows it (PEFT refuses layers beside all-linear).
+    """
+    targets, names = adapter.target_modules, linear_names(model)
+    if targets != "all-linear":
+        targets = [targets] if isinstance(targets, str) else targets
+        chosen = [name for target in targets for name in _matched(target, names, len(targets) == 1)]
+        if any(not any(_is_suffix(target, name) for name in names) for target in targets):
+            targets = chosen
+    else:
+        chosen = [name for name in names if model.get_submodule(name) is not model.get_output_embeddings()]
+    if adapter.layers is None:
+        return targets
+    known = {index for name in names if (index := _layer_of(name)) is not None}
+    for layer in adapter.layers:
+        if layer not in known:
+            raise UserError("adapter.layers", f"no layer {layer}", f"choose from {min(known)} to {max(known)}")
+    return [name for name in chosen if _layer_of(name) in adapter.layers]
+
+
+def _matched(target: str, names: list[str], may_be_regex: bool) -> list[str]:
+    """The names that end in `target`, or that it matches in full as a regular expression."""
+    where = "adapter.target_modules"
+    found = [name for name in names if _is_suffix(target, name)]
+    if not found and may_be_regex:
+        found = [name for name in names if _compiled(target, where).fullmatch(name)]
+    if not found:
+        raise _no_match(where, target, names)
+    return found
+
+
+def _layer_of(name: str) -> int | None:
+    """The first number in a module's name: the index of its layer."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+def check_patterns(model: Any, adapter: Adapter) -> None:
+    """Refuses a rank or alpha pattern, or a module to save, that touches nothing."""
+    adapted = [name for name, module in model.named_modules() if hasattr(module, "lora_A")]
+    for key, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for pattern in patterns:
+            where = f"adapter.{key}"
+            if not any(_compiled(rf"(?:.*\.)?(?:{pattern})", where).fullmatch(name) for name in adapted):
+                raise _no_match(where, pattern, adapted)
+    modules = [name for name, _ in model.named_modules()]
+    for wanted in adapter.modules_to_save:
+        if not any(_is_suffix(wanted, name) for name in modules):
+            raise _no_match("adapter.modules_to_save", wanted, modules)
+
+
+def refuse_tied(model: Any, names: list[str]) -> None:
+    """Refuses to train one side of a tied embedding and head: the two would drift apart in silence."""
+    tied = getattr(model.config, "tie_word_embeddings", False)
+    heads = {name for name, module in model.named_modules()
+             if module is model.get_output_embeddings() or module is model.get_input_embeddings()}
+    for name in names:
+        if tied and any(_is_suffix(name, head) for head in heads):
+            raise UserError(
+                "adapter",
+                f"{name} shares its weight with the embedding (tie_word_embeddings); training it is not available yet",
+                "leave it out of target_modules and modules_to_save",
+            )
+
+
+def _is_suffix(target: str, name: str) -> bool:
+    return name == target or name.endswith(f".{target}")
+
+
+def _compiled(pattern: str, where: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise UserError(where, f"{pattern!r} is no regular expression: {error}", "mend the pattern") from error
+
+
+def _no_match(where: str, target: str, names: list[str]) -> UserError:
+    """What would match: the last parts of the names, each once."""
+    known = sorted({name.rsplit(".", 1)[-1] for name in names if name})
+    return UserError(where, f"{target!r} matches no module", f"choose from {', '.join(known)}")

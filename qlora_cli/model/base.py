@@ -1,0 +1,215 @@
+"""The frozen base model: found, loaded quantised, checked, and told in one line."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from qlora_cli.errors import Exit, UserError
+from qlora_cli.model.source import locate
+from qlora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
+from qlora_cli.quant.bitsandbytes import (
+    disarm_cpu_repacking,
+    quantization_config,
+    quantized_modules,
+    stored_tensors,
+)
+from qlora_cli.recipe.schema import Recipe
+
+AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM"}
+"""The transformers class that loads a base, by recipe task."""
+
+SHARE_QUANTIZED = 0.9
+"""At least this share of the weights that should be quantised must be, or loading is an error."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """A frozen base model and what belongs to it."""
+
+    model: Any
+    tokenizer: Any
+    folder: Path
+    compute_dtype: torch.dtype
+    stop_token_ids: frozenset[int]
+    summary: str
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def compute(self) -> AbstractContextManager[Any]:
+        """The context of every forward pass: fp32 adapters are multiplied in compute_dtype."""
+        if self.compute_dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.compute_dtype)
+
+
+def default_device() -> torch.device:
+    """The first CUDA device, or the CPU."""
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def compute_dtype_for(name: str, device: torch.device) -> torch.dtype:
+    """The recipe's compute_dtype; `auto` is bfloat16 where the hardware multiplies it fast, else float32."""
+    if name != "auto":
+        return {"bfloat16": torch.bfloat16, "float32": torch.float32}[name]
+    if device.type == "cuda":
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_base(recipe: Recipe, device: torch.device) -> Base:
+    """The recipe's base model on `device`, frozen, its linear weights quantised, in evaluation mode.
+
+    Raises UserError where the folder, its weights or its tokenizer are not fit to train on.
+    """
+    folder = locate(recipe.model)
+    dtype = compute_dtype_for(recipe.quantization.compute_dtype, device)
+    tokenizer = load_tokenizer(folder, recipe.model, recipe.data)
+    model = load_model(recipe, folder, dtype, device)
+    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], folder)
+    return Base(model, tokenizer, folder, dtype, stop_token_ids(folder, tokenizer), bytes_by_type(model))
+
+
+def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model alone: quantised while it loads, every weight from the checkpoint, nothing trainable."""
+    import transformers
+
+    auto = getattr(transformers, AUTO_CLASSES[recipe.model.task])
+    attention = recipe.model.attn_implementation
+    arguments = {} if attention == "auto" else {"attn_implementation": attention}
+    try:
+        with quiet_loading():
+            model, info = auto.from_pretrained(
+                folder,
+                dtype=dtype,
+                quantization_config=quantization_config(recipe.quantization, dtype),
+                device_map={"": device},
+                trust_remote_code=recipe.model.trust_remote_code,
+                local_files_only=True,
+                output_loading_info=True,
+                **arguments,
+            )
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
+        raise _unloadable(folder, error) from error
+    check_complete(folder, info)
+    disarm_cpu_repacking(model)
+    if recipe.quantization.data_type != "none":
+        check_share_quantized(model, recipe.quantization.skip_modules)
+    model.requires_grad_(False)
+    return model.eval()
+
+
+def _unloadable(folder: Path, error: Exception) -> UserError:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return UserError(
+        folder,
+        f"transformers cannot load this model: {lines[0]}",
+        "check config.json, the weight files and model.attn_implementation",
+    )
+
+
+@contextmanager
+def quiet_loading() -> Iterator[None]:
+    """No progress bars, no reports on stderr: what matters is checked and told by us."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    logger = logging.getLogger("bitsandbytes")
+    bnb_level = logger.level
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        hf_logging.set_verbosity(level)
+        logger.setLevel(bnb_level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def check_complete(folder: Path, info: dict[str, Any]) -> None:
+    """Refuses a load that left weights random or of another shape."""
+    absent = sorted(info["missing_keys"])
+    odd = [f"{name}: {tuple(found)} in the file, {tuple(wanted)} in the model" for name, found, wanted in
+           sorted(info["mismatched_keys"], key=str)]
+    if not absent and not odd:
+        return
+    named = ", ".join((odd + absent)[:5])
+    raise UserError(
+        folder,
+        f"{len(absent) + len(odd)} weights would be random, not pretrained: {named}",
+        "complete the checkpoint, or check that config.json belongs to it",
+    )
+
+
+def check_share_quantized(model: nn.Module, skip_modules: list[str] | str) -> None:
+    """Refuses a model of whose quantisable weights less than 90% were quantised, and names what was left.
+
+    Quantisable is every weight of two or more dimensions outside embeddings, `skip_modules` and norms.
+    """
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    skipped = [skip_modules] if isinstance(skip_modules, str) else list(skip_modules)
+    quantized = quantized_modules(model)
+    done = sum(module.in_features * module.out_features for module in quantized.values())
+    left: Counter[str] = Counter()
+    for name, module in model.named_modules():
+        if name in quantized or isinstance(module, nn.Embedding) or not should_convert_module(name, skipped):
+            continue
+        left[name] += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2)
+    total = done + left.total()
+    if total and done >= SHARE_QUANTIZED * total:
+        return
+    named = ", ".join(name or "(top)" for name, size in left.most_common(5) if size)
+    raise UserError(
+        "quantization.data_type",
+        f"only {done / max(total, 1):.0%} of the weights that should be quantised are; left in full: {named or 'all'}",
+        "this architecture cannot be quantised yet (fused experts?): use quantization.data_type: none",
+        Exit.REFUSED,
+    )
+
+
+def bytes_by_type(model: nn.Module) -> str:
+    """One line: how many bytes of the model lie in which type."""
+    sizes: Counter[str] = Counter()
+    for kind, tensor in stored_tensors(model):
+        sizes[kind] += tensor.numel() * tensor.element_size()
+    parts = [f"{readable_bytes(size)} {kind}" for kind, size in sizes.most_common()]
+    return f"{readable_bytes(sum(sizes.values()))}: " + ", ".join(parts)
+
+
+def readable_bytes(size: int) -> str:
+    """A size with a decimal unit: 4.1 MB."""
+    for unit, factor in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if size >= factor:
+            return f"{size / factor:,.1f} {unit}"
+    return f"{size} B"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 over every parameter of the base as stored: packed bytes and scales of the quantised ones.
+
+    Two models with the same fingerprint compute the same function, whichever device quantised them.
+    """
+    total = hashlib.sha256()
+    for kind, tensor in stored_tensors(model):
+        total.update(kind.encode())
+        data = tensor.detach().contiguous().flatten().view(torch.uint8).cpu()
+        total.update(memoryview(data.numpy()))
+    return total.hexdigest()

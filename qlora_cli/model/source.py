@@ -1,0 +1,83 @@
+"""Where a base model lies: a local folder, or a hub id that is downloaded once. No network for a local folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.errors import Exit, UserError
+from qlora_cli.recipe.schema import Model
+
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
+DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+
+
+def locate(model: Model) -> Path:
+    """The folder with config.json and safetensors weights of `model`.
+
+    Raises UserError where it is missing, holds no weights, holds only pickles, or is quantised already.
+    """
+    folder = Path(model.name_or_path)
+    if not folder.is_dir():
+        if folder.exists():
+            raise UserError(folder, "the base model must be a folder, this is a file", "set model.name_or_path")
+        if model.name_or_path.startswith((".", "/", "~")) or model.name_or_path.count("/") > 1:
+            raise UserError(folder, "no such folder", "set model.name_or_path to a model folder or a hub id")
+        folder = download(model)
+    check_folder(folder)
+    return folder
+
+
+def download(model: Model) -> Path:
+    """The local snapshot of a hub model, downloaded where it is not in the cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [*DOWNLOADED, "*.py"] if model.trust_remote_code else DOWNLOADED
+    try:
+        return Path(snapshot_download(model.name_or_path, revision=model.revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.name_or_path: {model.name_or_path}",
+            f"no such folder here, and the hub did not give it: {reason}",
+            "check the name and the network, run `hf auth login` for a gated model, or give a local folder",
+        ) from error
+
+
+def check_folder(folder: Path) -> None:
+    """Refuses a folder from which no full-precision safetensors model can be loaded."""
+    config = read_json(folder / "config.json", "a transformers model folder needs it")
+    if "quantization_config" in config:
+        method = config["quantization_config"].get("quant_method", "unknown")
+        raise UserError(
+            folder / "config.json",
+            f"the checkpoint is already quantised ({method}), which is not available yet",
+            "start from the full-precision checkpoint",
+        )
+    if any(folder.glob("*.safetensors")):
+        return
+    if any((folder / name).exists() for name in PICKLES):
+        raise UserError(
+            folder,
+            "the weights are a pickle, which can run code when read",
+            "use a safetensors checkpoint of the same model",
+            Exit.REFUSED,
+        )
+    raise UserError(folder, "no *.safetensors weights in the model folder", "finish the download or name another folder")
+
+
+def read_json(path: Path, why: str) -> dict[str, Any]:
+    """The object in a JSON file; `why` it is needed is part of the message where it is missing."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(path, f"no such file ({why})", "name a complete folder") from None
+    except OSError as error:
+        raise UserError(path, f"cannot be read: {error.strerror}", "check the permissions") from error
+    except ValueError as error:
+        raise UserError(path, f"not JSON: {error}", "restore the file") from error
+    if not isinstance(value, dict):
+        raise UserError(path, f"expected a JSON object, found {type(value).__name__}", "restore the file")
+    return value
