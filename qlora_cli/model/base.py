@@ -23,6 +23,7 @@ from qlora_cli.quant.bitsandbytes import (
     quantized_modules,
     stored_tensors,
 )
+from qlora_cli.quant.linear4bit import work_round_cpu_dequantize
 from qlora_cli.recipe.schema import Recipe
 
 AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM"}
@@ -77,7 +78,7 @@ def load_base(recipe: Recipe, device: torch.device) -> Base:
     """
     folder = locate(recipe.model)
     dtype = compute_dtype_for(recipe.quantization.compute_dtype, device)
-    tokenizer = load_tokenizer(folder, recipe.model, recipe.data)
+    tokenizer = load_tokenizer(folder, recipe.model)
     model = load_model(recipe, folder, dtype, device)
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], folder)
     return Base(model, tokenizer, folder, dtype, stop_token_ids(folder, tokenizer), bytes_by_type(model))
@@ -108,6 +109,14 @@ def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.d
         raise _unloadable(folder, error) from error
     check_complete(folder, info)
     disarm_cpu_repacking(model)
+    reworked = work_round_cpu_dequantize(model)
+    if reworked and recipe.adapter.use_dora:
+        raise UserError(
+            "adapter.use_dora",
+            f"bitsandbytes dequantises {reworked[0]} and its like wrongly on a CPU (rows are no whole blocks)",
+            "use quantization.data_type: none, or train on a GPU",
+            Exit.REFUSED,
+        )
     if recipe.quantization.data_type != "none":
         check_share_quantized(model, recipe.quantization.skip_modules)
     model.requires_grad_(False)

@@ -56,7 +56,10 @@ def check_folder(folder: Path) -> None:
             f"the checkpoint is already quantised ({method}), which is not available yet",
             "start from the full-precision checkpoint",
         )
-    if any(folder.glob("*.safetensors")):
+    shards = sorted(folder.glob("*.safetensors"))
+    for shard in shards:
+        check_header(shard)
+    if shards:
         return
     if any((folder / name).exists() for name in PICKLES):
         raise UserError(
@@ -66,6 +69,17 @@ def check_folder(folder: Path) -> None:
             Exit.REFUSED,
         )
     raise UserError(folder, "no *.safetensors weights in the model folder", "finish the download or name another folder")
+
+
+def check_header(shard: Path) -> None:
+    """Refuses a safetensors file that cannot be opened: transformers would not name it."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(shard, "pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise UserError(shard, f"damaged or cut short: {error}", "download it again") from error
 
 
 def read_json(path: Path, why: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The tokenizer of a base, with the chat template that will train, and the tokens that end a turn."""
+"""The tokenizer of a base, and the tokens that end a turn."""
 
 from __future__ import annotations
 
@@ -7,14 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import UserError
-from qlora_cli.recipe.schema import Data, Model
+from qlora_cli.recipe.schema import Model
 
 
-def load_tokenizer(folder: Path, model: Model, data: Data) -> Any:
-    """The fast tokenizer in `folder`, carrying the recipe's chat template where one is given.
-
-    Raises UserError where there is none, where it has no end-of-turn token, or where the template cannot be read.
-    """
+def load_tokenizer(folder: Path, model: Model) -> Any:
+    """The tokenizer in `folder`. Raises UserError where there is none, or where it has no end-of-turn token."""
     from transformers import AutoTokenizer
 
     try:
@@ -32,19 +29,7 @@ def load_tokenizer(folder: Path, model: Model, data: Data) -> Any:
             "the tokenizer has no eos_token, so the model could never learn to stop",
             "set eos_token",
         )
-    if data.chat_template is not None:
-        tokenizer.chat_template = read_template(Path(data.chat_template))
     return tokenizer
-
-
-def read_template(path: Path) -> str:
-    """The text of a .jinja chat template."""
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"data.chat_template: {path}", f"cannot be read: {error}", "name a .jinja file, or leave it null"
-        ) from error
 
 
 def stop_token_ids(folder: Path, tokenizer: Any) -> frozenset[int]:

@@ -1,0 +1,206 @@
+"""The verbs: each composes the rooms into one result, and leaves parsing and printing to the command line."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from qlora_cli.data.examples import Examples, load_examples
+from qlora_cli.errors import UserError
+from qlora_cli.evaluate.generate import Answer, exact_match, generate_answers, prompt_and_reference
+from qlora_cli.evaluate.loss import held_out_loss
+from qlora_cli.merge.difference import compare, logits_of
+from qlora_cli.merge.merge import merge_adapter
+from qlora_cli.model.adapter import load_adapter
+from qlora_cli.model.base import AUTO_CLASSES, Base, default_device, fingerprint, load_base, quiet_loading
+from qlora_cli.recipe import Recipe
+from qlora_cli.train import loop
+from qlora_cli.train.run import Run, check_resume, claim, locked, read_facts, replace_text
+from qlora_cli.train.session import Report
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Data types that a merged model can be written in."""
+
+MEASURED_POSITIONS = 256
+"""Positions over which a merged model is compared with the unmerged one."""
+
+
+def train(
+    recipe: Recipe, recipe_text: bytes, report: Report, *, main_process: bool, resume: str, pause_at: int | None
+) -> Path:
+    """Finetunes, or continues the run in output_dir, and returns the adapter folder.
+
+    Beside the main process, the others of a launch neither lock nor write the run folder.
+    """
+    if not main_process:
+        return loop.train(recipe, Run(Path(recipe.output_dir)), report, pause_at=pause_at, resume=resume)
+    with locked(Path(recipe.output_dir)) as run:
+        claim(run, recipe, recipe_text)
+        check_resume(run, resume)
+        if run.adapter.exists():
+            report.say(f"done     {run.adapter} is there already: this run has finished")
+            return run.adapter
+        return loop.train(recipe, run, report, pause_at=pause_at, resume=resume)
+
+
+def evaluate(
+    recipe: Recipe, report: Report, *, adapter: Path | None, baseline: bool, limit: int | None
+) -> dict[str, Any]:
+    """Held-out loss, perplexity, token accuracy and exact match of the adapter, and of the base with `baseline`.
+
+    adapter: its folder, the run's own where None; with `baseline` a run without one measures the base alone.
+    """
+    run = Run(Path(recipe.output_dir))
+    adapter = adapter or run.adapter
+    if not adapter.exists() and not baseline:
+        raise UserError(adapter, "no adapter there", "run `qlora train`, or measure the base alone with --baseline")
+    base = load_base(recipe, default_device())
+    report.say(f"base     {recipe.model.name_or_path}  {base.summary}")
+    say_if_another_base(run, base, report)
+    examples = held_out(recipe, base, report)
+    rows = list(islice(examples.rows, limit))
+    models: dict[str, Any] = {}
+    answers: dict[str, list[Answer]] = {}
+    if baseline:
+        models["base"], answers["base"] = measure(recipe, base, base.model, rows, report, "base")
+    if adapter.exists():
+        model = load_adapter(base, adapter)
+        models["adapter"], answers["adapter"] = measure(recipe, base, model, rows, report, "adapter")
+    tokens = next(iter(models.values())).pop("tokens")
+    for other in models.values():
+        other.pop("tokens", None)
+    return {"rows": len(rows), "tokens": tokens, "models": models, "samples": samples(answers)}
+
+
+def held_out(recipe: Recipe, base: Base, report: Report) -> Examples:
+    """The recipe's held-out rows, encoded."""
+    if not recipe.data.eval:
+        raise UserError("data.eval", "no held-out data", "name a file of rows that are not trained on")
+    examples = load_examples(recipe.data.eval, recipe.data, base.tokenizer, base.stop_token_ids, "eval")
+    for line in examples.summary():
+        report.say(f"data     {line}")
+    return examples
+
+
+def measure(
+    recipe: Recipe, base: Base, model: Any, rows: Sequence[Any], report: Report, name: str
+) -> tuple[dict[str, Any], list[Answer]]:
+    """The figures of one model on the held-out rows, and its answers where the rows have prompts."""
+    size = recipe.evaluation.batch_size
+    batch_size = recipe.training.micro_batch_size if size == "auto" else size
+    loss = asdict(held_out_loss(base, model, rows, batch_size))
+    loss.pop("rows")
+    asked = [row for row in rows if prompt_and_reference(row) is not None]
+    if not asked:
+        return loss, []
+    report.say(f"{name:<8} generating {len(asked)} answers")
+    answers = generate_answers(base, model, asked, batch_size, recipe.evaluation.max_new_tokens)
+    return {**loss, "exact_match": exact_match(answers)}, answers
+
+
+def samples(answers: dict[str, list[Answer]], count: int = 2) -> list[dict[str, str]]:
+    """The first prompts with the answer of each model."""
+    first = next(iter(answers.values()))[:count]
+    return [
+        {"prompt": one.prompt, "expected": one.expected, **{name: given[i].generated for name, given in answers.items()}}
+        for i, one in enumerate(first)
+    ]
+
+
+def say_if_another_base(run: Run, base: Base, report: Report) -> None:
+    """Tells where the base in memory is not byte for byte the one that the run was trained on."""
+    facts = read_facts(run)
+    if facts and facts["fingerprints"]["base"] != fingerprint(base.model):
+        report.say("note     the base differs from the one trained on: other weights, data type, device or library")
+
+
+@dataclass(frozen=True)
+class Unmerged:
+    """What stays of the unmerged model once it has left the memory."""
+
+    folder: Path
+    compute_dtype: torch.dtype
+    device: torch.device
+    rows: list[list[int]]
+    logits: list[torch.Tensor]
+
+
+def merge(
+    run: Run,
+    recipe: Recipe,
+    report: Report,
+    *,
+    out: Path | None,
+    onto: Literal["dequantized", "original"],
+    dtype: str | None,
+) -> dict[str, Any]:
+    """Folds the run's adapter into the weights, and measures how far the result is from the unmerged model.
+
+    One model is in memory at a time. The measurement is returned, and stored as merge.json in the merged folder.
+    """
+    facts = read_facts(run)
+    if not facts or not run.adapter.exists():
+        raise UserError(run.folder, "no finished run there (no adapter/)", "run `qlora train` to its end first")
+    out = out or run.folder / "merged"
+    refuse_overwriting(out)
+    unmerged = measure_unmerged(recipe, run, report)
+    chosen = DTYPES[dtype] if dtype else unmerged.compute_dtype
+    merged = merge_adapter(
+        unmerged.folder,
+        run.adapter,
+        out,
+        quantization=recipe.quantization,
+        compute_dtype=unmerged.compute_dtype,
+        onto=onto,
+        dtype=chosen,
+        quantized_modules=facts["base"]["quantized_modules"],
+        device=unmerged.device,
+    )
+    report.say(f"merged   {merged.num_changed} of {merged.num_tensors} tensors in {merged.seconds:.1f} s; comparing")
+    with quiet_loading():
+        model = load_folder(recipe, out, chosen, unmerged.device)
+    difference = compare(unmerged.logits, logits_of(model, unmerged.rows, MEASURED_POSITIONS))
+    result = {
+        "out": str(out),
+        "adapter": str(run.adapter),
+        "base": onto,
+        "dtype": str(chosen).removeprefix("torch."),
+        "bytes": merged.num_bytes,
+        "seconds": round(merged.seconds, 2),
+        "difference": asdict(difference),
+    }
+    replace_text(out / "merge.json", json.dumps(result, indent=1))
+    return result
+
+
+def refuse_overwriting(out: Path) -> None:
+    """Refuses a folder with something in it before anything is loaded."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(out, "is there already, and nothing is overwritten", "name a new folder with --out")
+
+
+def measure_unmerged(recipe: Recipe, run: Run, report: Report) -> Unmerged:
+    """Logits of base + adapter over the first 16 held-out rows, or training rows where there are none."""
+    base = load_base(recipe, default_device())
+    say_if_another_base(run, base, report)
+    sources, role = (recipe.data.eval, "eval") if recipe.data.eval else (recipe.data.train, "train")
+    examples = load_examples(sources, recipe.data, base.tokenizer, base.stop_token_ids, role)
+    rows = [row.input_ids for row in examples.rows[:16]]
+    model = load_adapter(base, run.adapter)
+    with base.compute():
+        logits = logits_of(model, rows, MEASURED_POSITIONS)
+    return Unmerged(base.folder, base.compute_dtype, base.device, rows, logits)
+
+
+def load_folder(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A merged folder as anybody loads it."""
+    import transformers
+
+    auto = getattr(transformers, AUTO_CLASSES[recipe.model.task])
+    return auto.from_pretrained(folder, dtype=dtype, device_map={"": device}, local_files_only=True)

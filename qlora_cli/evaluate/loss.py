@@ -1,0 +1,54 @@
+"""Held-out loss: token-weighted, the same for every batch size, without keeping logits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from qlora_cli.data.encode import Example
+from qlora_cli.model.base import Base
+from qlora_cli.tasks.causal_lm import collate, token_loss_sum, trained_logits
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Means over the trained tokens of the held-out rows; loss in nats per token."""
+
+    loss: float
+    perplexity: float
+    token_accuracy: float
+    tokens: int
+    rows: int
+
+
+@torch.no_grad()
+def held_out_loss(base: Base, model: Any, examples: Sequence[Example], batch_size: int) -> HeldOutLoss:
+    """Loss, perplexity and token accuracy of `model` on the examples; the model's mode is restored after.
+
+    Rows go longest first, so that a batch too large for the memory fails at once, and little is padding.
+    """
+    training = model.training
+    model.eval()
+    ordered = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)
+    loss = torch.zeros((), dtype=torch.float64, device=base.device)
+    correct = torch.zeros((), dtype=torch.int64, device=base.device)
+    tokens = 0
+    for start in range(0, len(ordered), batch_size):
+        batch = collate(ordered[start : start + batch_size], base.device)
+        with base.compute():
+            logits, targets = trained_logits(model, batch)
+        loss += token_loss_sum(logits, targets)
+        correct += (logits.argmax(dim=-1) == targets).sum()
+        tokens += targets.numel()
+    model.train(training)
+    mean = loss.item() / tokens
+    return HeldOutLoss(mean, exp(mean), correct.item() / tokens, tokens, len(ordered))
+
+
+def exp(loss: float) -> float:
+    """e to the loss, infinite rather than an overflow error."""
+    return math.exp(loss) if loss < 700 else math.inf

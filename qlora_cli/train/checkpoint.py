@@ -1,0 +1,191 @@
+"""Checkpoints that are whole or not there: written aside, synced, signed with a manifest, then renamed.
+
+Order: temporary folder on the same file system, files, fsync of each, manifest.json last, fsync of the folder, rename,
+fsync of the parent, and only then are old checkpoints deleted. Only safetensors and JSON are written or read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from qlora_cli.errors import Exit, UserError
+from qlora_cli.model.adapter import WEIGHTS, save_adapter
+from qlora_cli.train.optimizers import optimizer_state, restore_optimizer
+
+NAME = re.compile(r"step-(\d{6,})")
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands after an optimizer step, beside the weights and the optimizer.
+
+    step: optimizer steps done, which is also the cursor into the data, since the order of rows is a function of it.
+    random: one dict of generator states per process.
+    logged: what the next logged line has summed up so far.
+    """
+
+    step: int
+    random: list[dict[str, Tensor]]
+    logged: dict[str, float]
+
+
+def save_checkpoint(
+    folder: Path, model: Any, optimizer: Optimizer, progress: Progress, base_name: str, keep: int
+) -> Path:
+    """Writes `folder`/step-NNNNNN and returns it; deletes all but the newest `keep` once it is safely there."""
+
+    def write(place: Path) -> None:
+        save_adapter(model, place, base_name)
+        tensors, rest = optimizer_state(optimizer)
+        save_file(tensors, place / "optimizer.safetensors")
+        states = {f"{rank}.{name}": t for rank, state in enumerate(progress.random) for name, t in state.items()}
+        save_file(states, place / "random.safetensors")
+        state = {"step": progress.step, "logged": progress.logged, "optimizer": rest, "processes": len(progress.random)}
+        (place / "state.json").write_text(json.dumps(state, indent=1))
+
+    path = publish(folder / f"step-{progress.step:06d}", write)
+    for old in checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+    return path
+
+
+def publish(folder: Path, write: Callable[[Path], None]) -> Path:
+    """Makes `folder` appear with all that `write` puts into it and a manifest, or not at all.
+
+    Raises UserError (exit 1) where the disk is full or the place cannot be written.
+    """
+    aside = folder.with_name(f".{folder.name}.tmp")
+    try:
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        write(aside)
+        files = sorted(path for path in aside.rglob("*") if path.is_file())
+        for path in files:
+            sync(path)
+        described = {str(p.relative_to(aside)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+        (aside / MANIFEST).write_text(json.dumps({"files": described}, indent=1))
+        sync(aside / MANIFEST)
+        sync(aside)
+        aside.rename(folder)
+        sync(folder.parent)
+    except OSError as error:
+        free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
+        raise UserError(
+            folder,
+            f"cannot be written: {error.strerror or error} ({free:,} bytes free)",
+            "free space or mend the permissions, then run the same command again: it goes on from the last checkpoint",
+            Exit.FAILED,
+        ) from error
+    return folder
+
+
+def sync(path: Path) -> None:
+    """Forces a file's or a folder's content to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The hex SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """The step folders, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = [(int(match[1]), path) for path in folder.iterdir() if (match := NAME.fullmatch(path.name))]
+    return [path for _, path in sorted(found)]
+
+
+def fault(checkpoint: Path) -> str:
+    """What is wrong with a checkpoint, "" if its manifest verifies."""
+    try:
+        described = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
+        for name, facts in described.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != facts["size"]:
+                return f"{name} has {path.stat().st_size} bytes, {facts['size']} were written"
+            if sha256(path) != facts["sha256"]:
+                return f"{name} has changed since it was written"
+    except OSError as error:
+        return f"{MANIFEST} cannot be read: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{MANIFEST} is damaged"
+    return ""
+
+
+def newest_valid(folder: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest checkpoint whose manifest verifies; damaged ones are set aside as .broken, and told.
+
+    Returns None where there is no checkpoint. Raises UserError where all are damaged: never a silent restart.
+    """
+    found = checkpoints(folder)
+    for checkpoint in reversed(found):
+        reason = fault(checkpoint)
+        if not reason:
+            return checkpoint
+        aside = _free_name(checkpoint.with_name(f"{checkpoint.name}.broken"))
+        checkpoint.rename(aside)
+        say(f"{checkpoint} is damaged ({reason}): set aside as {aside.name}")
+    if found or any(folder.glob("step-*.broken*")):
+        raise UserError(
+            folder, "every checkpoint is damaged", "restore one from a backup, or choose another output_dir", Exit.FAILED
+        )
+    return None
+
+
+def _free_name(path: Path) -> Path:
+    number = 1
+    candidate = path
+    while candidate.exists():
+        number += 1
+        candidate = path.with_name(f"{path.name}.{number}")
+    return candidate
+
+
+def load_checkpoint(checkpoint: Path, model: Any, optimizer: Optimizer, processes: int) -> Progress:
+    """Restores weights and optimizer, and returns where the run stood.
+
+    Raises UserError where the checkpoint was written by another number of processes: the global batch would differ.
+    """
+    import peft
+
+    state = json.loads((checkpoint / "state.json").read_bytes())
+    if state["processes"] != processes:
+        raise UserError(
+            checkpoint,
+            f"written by {state['processes']} processes, continued by {processes}: the global batch would differ",
+            f"launch {state['processes']} processes",
+        )
+    tensors = load_file(checkpoint / WEIGHTS)
+    wanted = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
+    if set(tensors) != wanted:
+        odd = sorted(set(tensors) ^ wanted)
+        raise UserError(checkpoint, f"its adapter is not this recipe's: {odd[0]}", "choose another output_dir")
+    peft.set_peft_model_state_dict(model, tensors)
+    restore_optimizer(optimizer, load_file(checkpoint / "optimizer.safetensors"), state["optimizer"])
+    random: list[dict[str, Tensor]] = [{} for _ in range(processes)]
+    for name, tensor in load_file(checkpoint / "random.safetensors").items():
+        rank, kind = name.split(".")
+        random[int(rank)][kind] = tensor
+    return Progress(state["step"], random, state["logged"])

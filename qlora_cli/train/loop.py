@@ -1,0 +1,165 @@
+"""Training from the recipe to the adapter folder, on one screen."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qlora_cli.data.order import Window, micro_batches, share_of, steps_per_epoch, windows
+from qlora_cli.errors import Exit, UserError
+from qlora_cli.evaluate.loss import held_out_loss
+from qlora_cli.recipe import Recipe
+from qlora_cli.tasks.causal_lm import Batch, collate
+from qlora_cli.train.checkpoint import Progress, save_checkpoint
+from qlora_cli.train.optimizers import set_learning_rate
+from qlora_cli.train.publish import publish_adapter
+from qlora_cli.train.run import Run, append_metrics
+from qlora_cli.train.schedules import lr_factor
+from qlora_cli.train.session import Report, Session, prepare, rows_per_step
+from qlora_cli.train.signals import Interrupted, asked_to_stop
+from qlora_cli.train.step import accumulate, clip, random_state, sum_over_processes
+
+
+def train(recipe: Recipe, run: Run, report: Report, *, pause_at: int | None = None, resume: str = "auto") -> Path:
+    """Finetunes and returns the adapter folder; continues where `run` has a valid checkpoint.
+
+    pause_at: stop with a checkpoint after so many steps; the schedule stays that of the whole run.
+    Raises UserError for what the user can mend and Interrupted after a signal, in both cases with progress saved.
+    """
+    session = prepare(recipe, run, report, resume)
+    last_step = min(session.total_steps, pause_at or session.total_steps)
+    alone = session.accelerator.num_processes == 1
+    report.begin(session.step, session.total_steps)
+    with asked_to_stop(report.say) if alone else nullcontext(lambda: None) as stop_code:
+        for window in windows_left(session, last_step):
+            take_step(session, window)
+            if session.step % recipe.training.logging_steps == 0 or session.step == last_step:
+                log_metrics(session, window)
+            if session.eval_set.rows and (session.step % recipe.training.eval_steps == 0 or session.step == last_step):
+                evaluate(session)
+            code = stop_code()
+            if session.step % recipe.training.save_steps == 0 or session.step == last_step or code:
+                save(session)
+            if code:
+                report.end()
+                raise Interrupted(code)
+    report.end()
+    if session.step == session.total_steps and session.accelerator.is_main_process:
+        publish_adapter(run.adapter, session.model, session.base, recipe, session.step)
+    session.accelerator.wait_for_everyone()
+    session.accelerator.end_training()
+    return run.adapter
+
+
+def windows_left(session: Session, last_step: int) -> Iterator[Window]:
+    """The rows of each optimizer step from the session's next one to `last_step`."""
+    num_rows, seed = len(session.train_set.rows), session.recipe.training.seed
+    return windows(num_rows, rows_per_step(session), seed, last_step, session.step)
+
+
+def take_step(session: Session, window: Window) -> None:
+    """One optimizer step over the window's rows."""
+    training = session.recipe.training
+    rows = [session.train_set.rows[index] for index in window.rows]
+    num_tokens = sum(row.num_trained for row in rows)
+    set_learning_rate(session.optimizer, training.learning_rate * lr_factor(training, window.step, session.total_steps))
+    loss = accumulate(session.base, session.model, batches(session, window), num_tokens)
+    parameters = [p for group in session.optimizer.param_groups for p in group["params"]]
+    loss = sum_over_processes(session.accelerator, parameters, loss)
+    grad_norm = clip(parameters, training.max_grad_norm)
+    refuse_nonfinite(session, window, loss, grad_norm)
+    session.optimizer.step()
+    session.optimizer.zero_grad()
+    session.step = window.step + 1
+    session.logged["loss"] += loss.item() * num_tokens
+    session.logged["tokens"] += num_tokens
+    session.logged["grad_norm"] = grad_norm.item()
+    session.trained_tokens += num_tokens
+    session.report.advance(session.step)
+
+
+def batches(session: Session, window: Window) -> Iterator[Batch]:
+    """This process's micro-batches of the window, rows of like length together: less padding, the same gradient."""
+    rows = session.train_set.rows
+    by_length = sorted(window.rows, key=lambda index: len(rows[index].input_ids))
+    mine = share_of(by_length, session.accelerator.process_index, session.accelerator.num_processes)
+    for indices in micro_batches(mine, session.recipe.training.micro_batch_size):
+        yield collate([rows[index] for index in indices], session.base.device)
+
+
+def refuse_nonfinite(session: Session, window: Window, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+    """Stops before an optimizer step that would put NaN or infinity into the adapter."""
+    if torch.isfinite(loss) and torch.isfinite(grad_norm):
+        return
+    places = ", ".join(session.train_set.rows[index].where for index in window.rows[:4])
+    raise UserError(
+        f"step {window.step + 1}",
+        f"loss {loss.item():g} and gradient norm {grad_norm.item():g} (rows {places}, ...)",
+        "lower training.learning_rate or look at these rows; the last checkpoint is untouched",
+        Exit.FAILED,
+    )
+
+
+def log_metrics(session: Session, window: Window) -> None:
+    """One line of metrics over the steps since the last one: to the file, the display and the trackers."""
+    training, logged = session.recipe.training, session.logged
+    seconds = time.perf_counter() - session.clock
+    values = {
+        "step": session.step,
+        "epoch": session.step / steps_per_epoch(len(session.train_set.rows), rows_per_step(session)),
+        "loss": logged["loss"] / logged["tokens"],
+        "learning_rate": training.learning_rate * lr_factor(training, window.step, session.total_steps),
+        "grad_norm": logged["grad_norm"],
+        "trained_tokens_per_s": session.trained_tokens / seconds,
+        "memory_bytes": memory_bytes(session.base.device),
+    }
+    session.logged = {"loss": 0.0, "tokens": 0.0}
+    session.clock, session.trained_tokens = time.perf_counter(), 0
+    tell(session, values)
+
+
+def evaluate(session: Session) -> None:
+    """Held-out loss of the adapter as it stands."""
+    started = time.perf_counter()
+    size = session.recipe.evaluation.batch_size
+    result = held_out_loss(
+        session.base, session.model, session.eval_set.rows,
+        session.recipe.training.micro_batch_size if size == "auto" else size,
+    )
+    tell(session, {"step": session.step, **{f"eval_{name}": value for name, value in asdict(result).items()}})
+    session.clock += time.perf_counter() - started  # an evaluation is no training time
+
+
+def tell(session: Session, values: dict[str, Any]) -> None:
+    """Metrics to the display, metrics.jsonl and the trackers, from the main process alone."""
+    if session.accelerator.is_main_process:
+        session.report.metrics(values)
+        append_metrics(session.run, values)
+        session.accelerator.log({k: v for k, v in values.items() if k != "step"}, step=session.step)
+
+
+def save(session: Session) -> None:
+    """A checkpoint of all processes, written by the main one."""
+    from accelerate.utils import gather_object
+
+    random = gather_object([random_state()])
+    if session.accelerator.is_main_process:
+        progress = Progress(session.step, random, session.logged)
+        keep = session.recipe.training.save_total_limit
+        name = session.recipe.model.name_or_path
+        save_checkpoint(session.run.checkpoints, session.model, session.optimizer, progress, name, keep)
+    session.accelerator.wait_for_everyone()
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak bytes allocated on the GPU, or the peak resident memory of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

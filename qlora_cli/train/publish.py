@@ -1,0 +1,65 @@
+"""The result of a run: an ordinary PEFT folder with tokenizer, chat template and a card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from qlora_cli import __version__
+from qlora_cli.data.chat import load_chat
+from qlora_cli.model.adapter import save_adapter
+from qlora_cli.model.base import Base
+from qlora_cli.recipe import Recipe
+from qlora_cli.train.checkpoint import publish
+
+CARD = """---
+base_model: {base}
+library_name: peft
+tags: [qlora, lora]
+---
+
+# A LoRA adapter for {base}
+
+Trained by qlora {version} for {steps} optimizer steps on {data}
+(base stored as {data_type}, compute in {compute_dtype}, learning rate {learning_rate:g}, seed {seed}).
+
+```python
+from peft import AutoPeftModelForCausalLM
+
+model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+```
+
+It was trained on the quantised base, so quantise the base as above when you load it, or run `qlora merge`.
+"""
+
+
+def publish_adapter(folder: Path, model: Any, base: Base, recipe: Recipe, steps: int) -> Path:
+    """Writes the adapter folder, whole or not at all; PEFT and vLLM load it as it is."""
+
+    def write(place: Path) -> None:
+        save_adapter(model, place, recipe.model.name_or_path)
+        base.tokenizer.chat_template = trained_template(recipe, base)
+        base.tokenizer.save_pretrained(place)
+        (place / "README.md").write_text(card(recipe, base, steps))
+
+    return publish(folder, write)
+
+
+def trained_template(recipe: Recipe, base: Base) -> str | None:
+    """The chat template that the run trains with: it travels with the adapter."""
+    template = load_chat(recipe.data.chat_template, base.tokenizer, base.stop_token_ids).template
+    return template.text if template else None
+
+
+def card(recipe: Recipe, base: Base, steps: int) -> str:
+    """The model card."""
+    return CARD.format(
+        base=recipe.model.name_or_path,
+        version=__version__,
+        steps=steps,
+        data=", ".join(source.path for source in recipe.data.train),
+        data_type=recipe.quantization.data_type,
+        compute_dtype=str(base.compute_dtype).removeprefix("torch."),
+        learning_rate=recipe.training.learning_rate,
+        seed=recipe.training.seed,
+    )

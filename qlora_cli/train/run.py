@@ -1,0 +1,181 @@
+"""The run folder: who owns it, which recipe it belongs to, what was measured."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qlora_cli.errors import Exit, UserError
+from qlora_cli.recipe import Recipe, dump_recipe
+from qlora_cli.train.checkpoint import checkpoints
+
+MAY_CHANGE = (
+    "output_dir",
+    "report_to",
+    "evaluation",
+    "data.eval",
+    "training.logging_steps",
+    "training.eval_steps",
+    "training.save_steps",
+    "training.save_total_limit",
+)
+"""Keys that may differ when a run is continued: they do not touch what is learned."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and the places in it."""
+
+    folder: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.folder / "adapter"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / "metrics.jsonl"
+
+    @property
+    def resolved(self) -> Path:
+        return self.folder / "resolved.yaml"
+
+    @property
+    def facts(self) -> Path:
+        return self.folder / "run.json"
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Run]:
+    """Owns the run folder, made where it is missing, until the block ends or the process dies.
+
+    Raises UserError with exit 5 where another process owns it, and where the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "run.lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(
+            f"output_dir: {folder}", f"cannot be written: {error.strerror}", "choose another output_dir", Exit.FAILED
+        ) from error
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"output_dir: {folder}",
+                "another qlora process works in it",
+                "wait for it to end, or choose another output_dir",
+                Exit.IN_USE,
+            ) from None
+        yield Run(folder)
+    finally:
+        os.close(descriptor)
+
+
+def claim(run: Run, recipe: Recipe, recipe_text: bytes) -> None:
+    """Writes the recipe into a new run folder, or makes sure that the folder holds this very run.
+
+    Raises UserError where it holds another run, naming the keys that differ, or files that are no run's.
+    """
+    resolved = dump_recipe(recipe)
+    if run.resolved.exists():
+        different = differences(yaml.safe_load(run.resolved.read_text()), yaml.safe_load(resolved))
+        if different:
+            raise UserError(
+                f"output_dir: {run.folder}",
+                f"holds another run: {'; '.join(different[:5])}",
+                "choose another output_dir, or give the recipe back its old values to continue that run",
+            )
+    else:
+        strangers = sorted(path.name for path in run.folder.iterdir() if path.name != "run.lock")
+        if strangers:
+            raise UserError(
+                f"output_dir: {run.folder}",
+                f"is no run folder and not empty ({', '.join(strangers[:3])})",
+                "choose another output_dir",
+            )
+    (run.folder / "recipe.yaml").write_bytes(recipe_text)
+    replace_text(run.resolved, resolved)
+
+
+def differences(before: Any, now: Any, place: str = "") -> list[str]:
+    """The keys in which two resolved recipes differ, but for those that may: 'training.seed: 1 there, 2 here'."""
+    if place in MAY_CHANGE or before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = sorted({*before, *now})
+        return [
+            line for key in keys for line in differences(before.get(key), now.get(key), f"{place}.{key}".lstrip("."))
+        ]
+    return [f"{place} is {before!r} there, {now!r} here"]
+
+
+def check_resume(run: Run, resume: str) -> None:
+    """Applies `--resume never`, which starts anew and therefore refuses a folder that already has progress."""
+    if resume == "never" and (checkpoints(run.checkpoints) or run.adapter.exists()):
+        raise UserError(
+            f"output_dir: {run.folder}",
+            "holds the progress of an earlier run, which --resume never would lose",
+            "choose another output_dir, or leave --resume out to continue",
+        )
+
+
+def read_facts(run: Run) -> dict[str, Any] | None:
+    """run.json, or None where the run has none yet."""
+    return json.loads(run.facts.read_text()) if run.facts.exists() else None
+
+
+def write_facts(run: Run, facts: dict[str, Any]) -> None:
+    """Writes run.json. What was trained on may not change under a continued run: base, template, tokens.
+
+    Raises UserError where the base or the data is no longer what the run began with.
+    """
+    if before := read_facts(run):
+        for name, what in (("base", "the base model"), ("data", "the training data"), ("tokenizer", "the tokenizer")):
+            if before["fingerprints"][name] != facts["fingerprints"][name] and checkpoints(run.checkpoints):
+                raise UserError(
+                    run.facts,
+                    f"{what} has changed since this run began, so continuing would mix two runs",
+                    "bring the old one back, or choose another output_dir",
+                )
+    replace_text(run.facts, json.dumps(facts, indent=1))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that is at every moment either the old one or the new one."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text)
+    aside.replace(path)
+
+
+def metrics_until(run: Run, step: int) -> None:
+    """Drops the metrics after `step`: a killed run measured them, and its continuation measures them again."""
+    if run.metrics.exists():
+        kept = [line for line in run.metrics.read_text().splitlines() if _step_of(line) <= step]
+        replace_text(run.metrics, "".join(f"{line}\n" for line in kept))
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line torn by a crash
+
+
+def append_metrics(run: Run, values: dict[str, Any]) -> None:
+    """One more line of metrics.jsonl."""
+    with run.metrics.open("a") as file:
+        file.write(json.dumps(values) + "\n")

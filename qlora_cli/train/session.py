@@ -1,0 +1,162 @@
+"""What one training process holds, and how it is put together: base, adapter, data, optimizer, progress."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch.optim import Optimizer
+
+from qlora_cli.data.examples import Examples, load_examples
+from qlora_cli.data.order import total_steps
+from qlora_cli.errors import Exit, UserError
+from qlora_cli.model.adapter import attach_adapter
+from qlora_cli.model.base import Base, fingerprint, load_base
+from qlora_cli.recipe import Recipe
+from qlora_cli.train.checkpoint import fault, load_checkpoint, newest_valid
+from qlora_cli.train.facts import run_facts
+from qlora_cli.train.optimizers import build_optimizer
+from qlora_cli.train.run import Run, metrics_until, write_facts
+from qlora_cli.train.step import restore_random_state, seed_everything
+
+
+class Report(Protocol):
+    """What training tells while it runs; a display implements it."""
+
+    def say(self, text: str) -> None: ...
+    def begin(self, step: int, total_steps: int) -> None: ...
+    def advance(self, step: int) -> None: ...
+    def metrics(self, values: dict[str, Any]) -> None: ...
+    def end(self) -> None: ...
+
+
+@dataclass
+class Session:
+    """Everything that one training process holds; `step` and `logged` are all that moves."""
+
+    recipe: Recipe
+    run: Run
+    report: Report
+    accelerator: Any
+    base: Base
+    model: Any
+    optimizer: Optimizer
+    train_set: Examples
+    eval_set: Examples
+    total_steps: int
+    step: int = 0
+    logged: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "tokens": 0.0})
+    clock: float = field(default_factory=time.perf_counter)
+    trained_tokens: int = 0  # since `clock`
+
+
+def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
+    """Loads base, adapter, data and optimizer, and puts the run back to where it stopped."""
+    training = recipe.training
+    accelerator = build_accelerator(recipe, run)
+    torch.use_deterministic_algorithms(training.deterministic)
+    base = load_base(recipe, accelerator.device)
+    report.say(f"base     {recipe.model.name_or_path}  {base.summary}")
+    base_digest = fingerprint(base.model)
+    train_set = load_examples(recipe.data.train, recipe.data, base.tokenizer, base.stop_token_ids, "train")
+    eval_set = load_examples(recipe.data.eval, recipe.data, base.tokenizer, base.stop_token_ids, "eval")
+    for role, examples in (("train", train_set), ("eval", eval_set)):
+        for line in examples.summary() if examples.rows else []:
+            report.say(f"{role:<8} {line}")
+
+    seed_everything(training.seed)  # before the adapter: its A matrices are random
+    model = attach_adapter(base, recipe.adapter, recipe.model.task)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    report.say(f"adapter  {trainable:,} trainable weights in fp32, compute in {str(base.compute_dtype)[6:]}")
+    optimizer, note = build_optimizer(model, training, base.device)
+    if note:
+        report.say(f"note     {training.optimizer} is {note}")
+    steps = total_steps(len(train_set.rows), global_batch(recipe, accelerator), training.epochs, training.max_steps)
+    session = Session(recipe, run, report, accelerator, base, model, optimizer, train_set, eval_set, steps)
+    if accelerator.is_main_process:
+        write_facts(run, run_facts(recipe, base, base_digest, train_set))
+    restore(session, resume)
+    seed_processes(session)
+    checkpoint_activations(session)
+    return session
+
+
+def build_accelerator(recipe: Recipe, run: Run) -> Any:
+    """accelerate's view of devices, processes and trackers."""
+    from accelerate import Accelerator
+
+    try:
+        accelerator = Accelerator(log_with=list(recipe.report_to) or None, project_dir=str(run.folder))
+        if recipe.report_to:
+            flat = {f"{s}.{k}": str(v) for s, part in recipe.model_dump().items() if isinstance(part, dict)
+                    for k, v in part.items()}
+            accelerator.init_trackers("qlora", config=flat)
+    except (ImportError, ValueError) as error:
+        raise UserError(
+            "report_to", f"{list(recipe.report_to)}: {error}", "run `pip install 'qlora[track]'`", Exit.ENVIRONMENT
+        ) from error
+    return accelerator
+
+
+def rows_per_step(session: Session) -> int:
+    """The global batch of a session."""
+    return global_batch(session.recipe, session.accelerator)
+
+
+def global_batch(recipe: Recipe, accelerator: Any) -> int:
+    """The global batch: rows of one optimizer step over all processes."""
+    training = recipe.training
+    return training.micro_batch_size * training.gradient_accumulation_steps * accelerator.num_processes
+
+
+def restore(session: Session, resume: str) -> None:
+    """Puts the session back to the newest checkpoint that verifies, if there is one."""
+    run, accelerator = session.run, session.accelerator
+    if accelerator.is_main_process:
+        newest = newest_valid(run.checkpoints, session.report.say)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        newest = newest_valid(run.checkpoints, session.report.say)
+    if resume not in ("auto", "never"):
+        newest = chosen_checkpoint(run, Path(resume), newest)
+    if newest is not None:
+        progress = load_checkpoint(newest, session.model, session.optimizer, accelerator.num_processes)
+        session.step, session.logged = progress.step, progress.logged
+        restore_random_state(progress.random[accelerator.process_index])
+        session.report.say(f"resume   {newest}, step {session.step} of {session.total_steps}")
+    if accelerator.is_main_process:
+        metrics_until(run, session.step)
+
+
+def chosen_checkpoint(run: Run, wanted: Path, newest: Path | None) -> Path:
+    """The checkpoint named by `--resume PATH`: a whole one, and none newer in the run that it would overwrite."""
+    if reason := fault(wanted):
+        raise UserError(f"--resume {wanted}", reason, "name a checkpoints/step-NNNNNN folder")
+    if newest is not None and newest.resolve() != wanted.resolve():
+        raise UserError(
+            f"--resume {wanted}",
+            f"{newest} is there too and would be overwritten",
+            "choose another output_dir, or move that checkpoint away",
+        )
+    return wanted
+
+
+def seed_processes(session: Session) -> None:
+    """Gives every process its own dropout, and all of them the adapter of the first."""
+    rank = session.accelerator.process_index
+    if session.step == 0 and session.accelerator.num_processes > 1:
+        seed_everything(session.recipe.training.seed + rank)
+
+
+def checkpoint_activations(session: Session) -> None:
+    """Sets training mode and non-reentrant recomputation of activations, `auto` being on a GPU."""
+    wanted = session.recipe.training.gradient_checkpointing
+    model = session.base.model
+    session.model.train()
+    model.config.use_cache = False
+    if wanted is True or (wanted == "auto" and session.base.device.type == "cuda"):
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        enable({"use_reentrant": False})

@@ -1,0 +1,78 @@
+"""The arithmetic of one optimizer step: no loops over data, no files, no display."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_cli.model.base import Base
+from qlora_cli.tasks.causal_lm import Batch, token_loss_sum, trained_logits
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds torch's generators, CPU and CUDA: the adapter's start and dropout draw from no other."""
+    torch.manual_seed(seed)
+
+
+def accumulate(base: Base, model: Any, batches: Iterable[Batch], num_tokens: int) -> Tensor:
+    """Adds the gradient of this process's share of one optimizer step, and returns its share of the loss.
+
+    num_tokens: trained tokens of the whole step, over all micro-batches and processes. Each micro-batch contributes
+    its summed loss divided by it, so the sum is the token-weighted mean however the rows are split.
+    Returns a () float32 tensor on the device: no synchronisation.
+    """
+    total = torch.zeros((), device=base.device)
+    for batch in batches:
+        with base.compute():
+            logits, targets = trained_logits(model, batch)
+        loss = token_loss_sum(logits, targets) / num_tokens
+        loss.backward()
+        total += loss.detach()
+    return total
+
+
+def sum_over_processes(accelerator: Any, parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
+    """Sums the gradients and the loss over all processes, in one exchange.
+
+    Each process divided by the tokens of all, so the sum is the gradient that one process would have had.
+    A process whose share of a short last window is empty takes part with zeros.
+    """
+    if accelerator.num_processes == 1:
+        return loss
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+    flat = torch.cat([loss.reshape(1), *(p.grad.reshape(-1) for p in parameters if p.grad is not None)])
+    flat = accelerator.reduce(flat, reduction="sum")
+    start = 1
+    for parameter in parameters:
+        assert parameter.grad is not None
+        parameter.grad.copy_(flat[start : start + parameter.numel()].view_as(parameter))
+        start += parameter.numel()
+    return flat[0]
+
+
+def clip(parameters: Sequence[Tensor], max_grad_norm: float) -> Tensor:
+    """The gradient's global L2 norm before clipping, () float32; the gradient is scaled down to max_grad_norm if > 0."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    if max_grad_norm > 0:
+        torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)
+    return norm
+
+
+def random_state() -> dict[str, Tensor]:
+    """The state of the generators that dropout draws from, as uint8 tensors."""
+    states = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def restore_random_state(states: dict[str, Tensor]) -> None:
+    """Puts back what `random_state` returned."""
+    torch.set_rng_state(states["cpu"])
+    if "cuda" in states and torch.cuda.is_available():
+        torch.cuda.set_rng_state(states["cuda"])

@@ -1,0 +1,71 @@
+"""One process, warmed once, runs most tests: importing torch and transformers costs more than any of them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder with real models and data beside the checkout."""
+    if not SHARED.is_dir():
+        pytest.skip(f"real models and data are not there ({SHARED})")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama in float32 with a byte-level tokenizer."""
+    from tests.tiny import write_tiny_model
+
+    return write_tiny_model(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve conversations of unequal length."""
+    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
+    rows = [conversation(f"say {'na ' * index}{index}", f"{index}{' batman' * (index % 5)}") for index in range(12)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def conversation(question: str, answer: str) -> dict[str, Any]:
+    """A row in the format `messages`."""
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
+
+
+@pytest.fixture
+def make_recipe(tiny_model: Path, rows_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    """Builds a checked recipe on the tiny model; keyword arguments are sections, merged over the test's defaults."""
+    from qlora_cli.recipe import Recipe
+
+    def build(**sections: Any) -> Any:
+        values: dict[str, Any] = {
+            "model": {"name_or_path": str(tiny_model)},
+            "quantization": {"compute_dtype": "float32"},
+            "adapter": {"r": 4, "alpha": 8},
+            "data": {"train": [{"path": str(rows_file)}], "max_length": 256},
+            "training": {
+                "max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "optimizer": "adamw",
+                "learning_rate": 1e-2, "logging_steps": 1, "seed": 7,
+            },
+            "output_dir": str(tmp_path / "run"),
+        }
+        for name, section in sections.items():
+            values[name] = {**values[name], **section} if isinstance(values.get(name), dict) else section
+        return Recipe.model_validate(values)
+
+    return build
