@@ -23,6 +23,9 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.train import loop
 from qlora_cli.train.run import Run, check_resume, claim, locked, read_facts, replace_text
 from qlora_cli.train.session import Report
+from qlora_cli.train.signals import Interrupted
+
+__all__ = ["Interrupted", "evaluate", "merge", "train"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Data types that a merged model can be written in."""
@@ -132,7 +135,7 @@ class Unmerged:
 
 
 def merge(
-    run: Run,
+    folder: Path,
     recipe: Recipe,
     report: Report,
     *,
@@ -140,10 +143,11 @@ def merge(
     onto: Literal["dequantized", "original"],
     dtype: str | None,
 ) -> dict[str, Any]:
-    """Folds the run's adapter into the weights, and measures how far the result is from the unmerged model.
+    """Folds the adapter of the run in `folder` into the weights, and measures how far the result is from the unmerged model.
 
     One model is in memory at a time. The measurement is returned, and stored as merge.json in the merged folder.
     """
+    run = Run(folder)
     facts = read_facts(run)
     if not facts or not run.adapter.exists():
         raise UserError(run.folder, "no finished run there (no adapter/)", "run `qlora train` to its end first")

@@ -35,11 +35,18 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def rows_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Twelve conversations of unequal length."""
-    path = tmp_path_factory.mktemp("rows") / "rows.jsonl"
-    rows = [conversation(f"say {'na ' * index}{index}", f"{index}{' batman' * (index % 5)}") for index in range(12)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    """Twelve conversations of unequal length, and four others beside them in heldout.jsonl."""
+    folder = tmp_path_factory.mktemp("rows")
+    rows = [conversation(f"say {'na ' * index}{index}", f"{index}{' batman' * (index % 5)}") for index in range(16)]
+    for name, part in (("rows.jsonl", rows[:12]), ("heldout.jsonl", rows[12:])):
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in part))
+    return folder / "rows.jsonl"
+
+
+@pytest.fixture(scope="session")
+def heldout_file(rows_file: Path) -> Path:
+    """Four conversations that are not among the twelve."""
+    return rows_file.with_name("heldout.jsonl")
 
 
 def conversation(question: str, answer: str) -> dict[str, Any]:

@@ -11,9 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 
-def key(
-    default: Any, effect: str, *, unit: str = "", live: tuple[Any, ...] | None = None, **constraints: Any
-) -> Any:
+def key(default: Any, effect: str, *, unit: str = "", live: tuple[Any, ...] | None = None, **constraints: Any) -> Any:
     """A recipe key: `effect` and `unit` for the docs, `live` = the values available today (None: all of them)."""
     extra: dict[str, Any] = {"unit": unit}
     if live is not None:
@@ -37,7 +35,10 @@ def _number(value: Any) -> Any:
 Real = Annotated[float, BeforeValidator(_number)]
 """A number; `16` is as good as `16.0`."""
 
-Names = list[str] | str
+Text = Annotated[str, Field(min_length=1)]
+"""A string that is not empty: an empty name, path or pattern is always a slip."""
+
+Names = list[Text] | Text
 """One name or pattern, or a list of them."""
 
 
@@ -45,16 +46,17 @@ class Model(Section):
     """Which base model, for which task."""
 
     name_or_path: str = key(..., "the base model: a hub id or a folder", min_length=1)
-    revision: str | None = key(None, "branch, tag or commit of a hub model")
+    revision: Text | None = key(None, "branch, tag or commit of a hub model")
     task: Literal["causal_lm", "seq2seq_lm", "sequence_classification", "question_answering"] = key(
         "causal_lm", "what the model is trained to do", live=("causal_lm",)
     )
-    attn_implementation: str = key(
-        "auto", "attention kernel by its transformers name: sdpa, eager, flash_attention_2, ...; auto: transformers' choice"
+    attn_implementation: Text = key(
+        "auto",
+        "attention kernel by its transformers name: sdpa, eager, flash_attention_2, ...; auto: transformers' choice",
     )
     trust_remote_code: bool = key(False, "run Python code that comes with the model: only for a source that you trust")
     num_labels: int | None = key(None, "classes of sequence_classification", live=(None,), ge=1)
-    added_tokens: list[str] = key(list, "tokens to add to the tokenizer and the embedding", live=([],))
+    added_tokens: list[Text] = key(list, "tokens to add to the tokenizer and the embedding", live=([],))
 
 
 class Quantization(Section):
@@ -67,7 +69,7 @@ class Quantization(Section):
     block_size: int = key(64, "weights that share one scale", unit="weights", live=(64,), ge=16)
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = key(
         "auto",
-        "dtype of activations and of unquantised weights; auto: bfloat16 where the hardware is fast at it, else float32",
+        "dtype of activations and unquantised weights; auto: bfloat16 where the hardware is fast at it, else float32",
         live=("auto", "bfloat16", "float32"),
     )
     skip_modules: Names = key(lambda: ["lm_head"], "linear modules left unquantised, by name or pattern")
@@ -92,35 +94,41 @@ class Adapter(Section):
     r: int = key(16, "rank of A and B", ge=1)
     alpha: Real = key(32.0, "the update is scaled by alpha / r", gt=0)
     dropout: Real = key(0.0, "probability that an input feature of the adapter is dropped in training", ge=0, lt=1)
-    target_modules: Names = key(
+    target_modules: Annotated[list[Text], Field(min_length=1)] | Text = key(
         "all-linear", "modules that get an adapter: all-linear (all but the head), names, or one regular expression"
     )
-    layers: list[int] | None = key(None, "indices of the only layers that get an adapter; null: all")
+    layers: list[Annotated[int, Field(ge=0)]] | None = key(
+        None, "indices of the only layers that get an adapter; null: all", min_length=1
+    )
     init: Literal["default", "gaussian", "loftq", "pissa"] = key(
         "default", "start of A (B starts at 0): default is Kaiming-uniform", live=("default", "gaussian")
     )
     loftq: LoftQ = key(LoftQ, "settings of init: loftq")
     use_rslora: bool = key(False, "scale by alpha / sqrt(r) instead of alpha / r")
     use_dora: bool = key(False, "train a magnitude per output feature too (DoRA)")
-    modules_to_save: list[str] = key(list, "modules trained in full beside the adapter, such as lm_head")
-    rank_pattern: dict[str, int] = key(dict, "rank for modules whose name matches a pattern")
-    alpha_pattern: dict[str, Real] = key(dict, "alpha for modules whose name matches a pattern")
-    from_: str | None = key(None, "continue this adapter folder instead of starting anew", alias="from")
+    modules_to_save: list[Text] = key(list, "modules trained in full beside the adapter, such as lm_head")
+    rank_pattern: dict[str, Annotated[int, Field(ge=1)]] = key(dict, "rank for modules whose name matches a pattern")
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0), BeforeValidator(_number)]] = key(
+        dict, "alpha for modules whose name matches a pattern"
+    )
+    from_: Text | None = key(None, "continue this adapter folder instead of starting anew", alias="from")
 
 
 class Source(Section):
     """One data source."""
 
     path: str = key(..., "a file (json, jsonl, csv, parquet) or a hub id", min_length=1)
-    name: str | None = key(None, "configuration of a hub data set")
-    split: str | None = key(None, "split of a hub data set; null: train for data.train, else test or validation")
+    name: Text | None = key(None, "configuration of a hub data set")
+    split: Text | None = key(None, "split of a hub data set; null: train for data.train, else test or validation")
     format: Literal["auto", "alpaca", "messages", "prompt_completion", "question_answer", "text"] = key(
         "auto", "row format; auto: by the columns, and the choice is printed"
     )
     limit: int | None = key(None, "use only the first rows", unit="rows", ge=1)
     weight: Real = key(1.0, "share of this source in the mixture", live=(1.0,), gt=0)
     streaming: bool = key(False, "read from disk while training", live=(False,))
-    template: dict[str, str] | None = key(None, "two Jinja strings, prompt and completion, for any columns", live=(None,))
+    template: dict[str, str] | None = key(
+        None, "two Jinja strings, prompt and completion, for any columns", live=(None,)
+    )
 
 
 class Data(Section):
@@ -130,14 +138,20 @@ class Data(Section):
     eval: list[Source] = key(list, "held-out data")
     eval_fraction: Real = key(0.0, "share of the training rows held out", live=(0.0,), ge=0, lt=1)
     max_length: int = key(2048, "longest example", unit="tokens", ge=2)
-    source_max_length: int | None = key(None, "longest prompt; with target_max_length, instead of max_length", unit="tokens", ge=1)
+    source_max_length: int | None = key(
+        None, "longest prompt; with target_max_length, instead of max_length", unit="tokens", ge=1
+    )
     target_max_length: int | None = key(None, "longest answer", unit="tokens", ge=1)
-    packing: Literal["auto"] | bool = key("auto", "several examples in one row that cannot see each other", live=("auto", False))
-    chat_template: str | None = key(None, "a .jinja file; null: the tokenizer's own chat template")
+    packing: Literal["auto"] | bool = key(
+        "auto", "several examples in one row that cannot see each other", live=("auto", False)
+    )
+    chat_template: Text | None = key(None, "a .jinja file; null: the tokenizer's own chat template")
     train_on: Literal["completion", "last", "all"] = key(
         "completion", "which tokens are trained: every answer, the last answer, or everything", live=("completion",)
     )
-    on_bad_row: Literal["error", "skip"] = key("error", "what happens to a row that cannot be read or trained on", live=("error",))
+    on_bad_row: Literal["error", "skip"] = key(
+        "error", "what happens to a row that cannot be read or trained on", live=("error",)
+    )
     on_long_row: Literal["error", "truncate", "skip"] = key("error", "what happens to a row beyond the length limits")
 
 
@@ -145,7 +159,9 @@ class Training(Section):
     """The loop."""
 
     epochs: Real = key(3.0, "passes over the training data", gt=0)
-    max_steps: int | None = key(None, "stop after so many optimizer steps; wins over epochs", unit="optimizer steps", ge=1)
+    max_steps: int | None = key(
+        None, "stop after so many optimizer steps; wins over epochs", unit="optimizer steps", ge=1
+    )
     micro_batch_size: int = key(4, "rows in one forward pass of one device", unit="rows", ge=1)
     gradient_accumulation_steps: int = key(4, "forward passes per optimizer step", ge=1)
     learning_rate: Real = key(2e-4, "peak learning rate", gt=0)
@@ -153,7 +169,9 @@ class Training(Section):
     lr_scheduler: Literal["constant", "linear", "cosine"] = key("cosine", "shape of the learning rate after warmup")
     min_lr_ratio: Real = key(0.0, "floor of the schedule, as a share of learning_rate", ge=0, le=1)
     warmup_ratio: Real = key(0.03, "share of the steps with a rising learning rate", ge=0, le=1)
-    warmup_steps: int | None = key(None, "steps with a rising learning rate; wins over warmup_ratio", unit="optimizer steps", ge=0)
+    warmup_steps: int | None = key(
+        None, "steps with a rising learning rate; wins over warmup_ratio", unit="optimizer steps", ge=0
+    )
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw"] = key(
         "paged_adamw_8bit", "paged and 8-bit ones are bitsandbytes', adamw is torch's fused AdamW"
     )
@@ -167,9 +185,11 @@ class Training(Section):
     )
     memory: Literal["auto", "lean", "fast"] = key("auto", "trade speed for memory", live=("auto",))
     torch_compile: bool = key(False, "compile the model", live=(False,))
-    neftune_noise_alpha: Real | None = key(None, "noise on the embeddings (NEFTune)", live=(None,))
+    neftune_noise_alpha: Real | None = key(None, "noise on the embeddings (NEFTune)", live=(None,), gt=0)
     seed: int = key(42, "seed of the adapter's start, the order of rows and dropout", ge=0, lt=2**32)
-    on_nonfinite: Literal["stop", "skip"] = key("stop", "what happens at a loss or gradient that is not finite", live=("stop",))
+    on_nonfinite: Literal["stop", "skip"] = key(
+        "stop", "what happens at a loss or gradient that is not finite", live=("stop",)
+    )
     logging_steps: int = key(10, "a line of metrics every so many steps", unit="optimizer steps", ge=1)
     eval_steps: int = key(200, "held-out loss every so many steps, and at the end", unit="optimizer steps", ge=1)
     save_steps: int = key(200, "checkpoint every so many steps", unit="optimizer steps", ge=1)
@@ -184,7 +204,7 @@ class Evaluation(Section):
         "auto", "rows in one forward pass; auto: training.micro_batch_size", unit="rows"
     )
     max_new_tokens: int = key(128, "longest generated answer", unit="tokens", ge=1)
-    suites: list[str] = key(list, "suites to run in training", live=([],))
+    suites: list[Text] = key(list, "suites to run in training", live=([],))
     best_metric: str | None = key(None, "metric that picks the adapter to keep", live=(None,))
     early_stopping_patience: int | None = key(None, "stop after so many evaluations without gain", live=(None,), ge=1)
 
@@ -200,4 +220,3 @@ class Recipe(Section):
     evaluation: Evaluation = key(Evaluation, "how it is measured")
     output_dir: str = key("runs/default", "the run folder", min_length=1)
     report_to: list[Literal["tensorboard", "wandb", "trackio", "mlflow"]] = key(list, "trackers, through accelerate")
-

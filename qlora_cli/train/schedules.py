@@ -25,11 +25,11 @@ def warmup_steps(training: Training, total_steps: int) -> int:
 def lr_factor(training: Training, step: int, total_steps: int) -> float:
     """The share of learning_rate used by optimizer step `step`, counted from 0.
 
-    Warmup rises linearly and reaches 1 at its last step; the decay ends at min_lr_ratio with the last step.
+    Warmup rises linearly and no step has rate 0; the first step after it has the peak; from there the decay runs
+    towards min_lr_ratio, which the step after the last would reach (as transformers' schedules do).
     """
     warmup = warmup_steps(training, total_steps)
     if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup + 1) / max(total_steps - warmup, 1)
-    decayed = SCHEDULES[training.lr_scheduler](min(progress, 1.0))
+        return (step + 1) / (warmup + 1)
+    decayed = SCHEDULES[training.lr_scheduler]((step - warmup) / max(total_steps - warmup, 1))
     return training.min_lr_ratio + (1.0 - training.min_lr_ratio) * decayed

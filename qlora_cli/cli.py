@@ -1,0 +1,261 @@
+"""The command line: parse, call, print. Results on stdout, messages on stderr, one exit code per kind of end.
+
+A command imports what it needs inside of itself: `qlora --help` loads neither pydantic nor torch.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import TextIOWrapper
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qlora_cli import __version__
+from qlora_cli.errors import Exit, UserError, UserErrors
+
+if TYPE_CHECKING:
+    from qlora_cli.recipe import Recipe
+
+# plain help: it needs no rich, and is the same in a terminal, a pipe and a log
+app = typer.Typer(
+    name="qlora",
+    help="Finetune language models in 4 bits from a YAML recipe.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.", show_default=False)]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Replace a key: training.learning_rate=1e-4. May be repeated."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object, for problems too.")]
+
+
+def main() -> None:
+    """The entry point: a user's mistake becomes its message and exit code, a bug of ours keeps its traceback."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file name need not be in the terminal's encoding
+    try:
+        app(prog_name="qlora")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(Exit.SIGINT)
+
+
+@contextmanager
+def problems_as_json(wanted: bool) -> Iterator[None]:
+    """Prints a user's mistakes as one JSON object on stdout where `wanted`, and ends with their exit code."""
+    try:
+        yield
+    except UserError as error:
+        if not wanted:
+            raise
+        problems = error.problems if isinstance(error, UserErrors) else (error,)
+        print_json({"problems": [{"where": one.where, "what": one.what, "todo": one.todo} for one in problems]})
+        raise typer.Exit(error.code) from None
+
+
+def print_json(result: dict[str, Any]) -> None:
+    """One object on stdout; ASCII, so that any terminal and any pipe takes it."""
+    print(json.dumps(result, indent=2))
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"qlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def qlora(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Finetune language models in 4 bits from a YAML recipe.
+
+    qlora init my.yaml --data rows.jsonl, then qlora train my.yaml, qlora eval, qlora merge
+    """
+
+
+@app.command()
+def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Check a recipe and say all that is wrong with it.
+
+    Example: qlora validate my.yaml --set adapter.r=64
+    """
+    from qlora_cli.recipe import load_recipe
+
+    with problems_as_json(as_json):
+        checked = load_recipe(recipe, overrides or ())
+    if as_json:
+        print_json({"problems": [], "recipe": checked.model_dump(by_alias=True)})
+    else:
+        print(f"{recipe}: valid")
+
+
+@app.command()
+def train(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    resume: Annotated[
+        str, typer.Option(help="auto: continue from the newest checkpoint; never: refuse a run with progress; or a PATH.")
+    ] = "auto",
+    max_steps: Annotated[
+        int | None,
+        typer.Option(help="Pause with a checkpoint after so many steps; the same command goes on to the end.", min=1),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Finetune, or continue where the run in output_dir was stopped.
+
+    Example: qlora train configs/quickstart.yaml --set training.seed=1
+    """
+    from qlora_cli.recipe import load_recipe
+
+    with problems_as_json(as_json):
+        checked = load_recipe(recipe, overrides or ())
+        quiet_libraries(checked)
+        from qlora_cli import commands
+        from qlora_cli.display import make_report
+
+        main_process = os.environ.get("RANK", "0") == "0"
+        report = make_report(quiet=not main_process)
+        try:
+            adapter = commands.train(
+                checked, recipe.read_bytes(), report, main_process=main_process, resume=resume, pause_at=max_steps
+            )
+        except commands.Interrupted as interrupted:
+            raise typer.Exit(interrupted.code) from None
+    if main_process:
+        finished = adapter.exists()
+        if as_json:
+            print_json({"adapter": str(adapter), "finished": finished})
+        else:
+            print(adapter if finished else f"paused; the same command goes on from {adapter.parent / 'checkpoints'}")
+
+
+@app.command("eval")
+def evaluate(
+    target: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="A run folder, or a recipe.")],
+    overrides: Overrides = None,
+    adapter: Annotated[Path | None, typer.Option(help="Another adapter folder than the run's.")] = None,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Measure the base beside it.")] = False,
+    limit: Annotated[int | None, typer.Option(help="Only the first held-out rows.", min=1)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure loss, perplexity, token accuracy and exact match on held-out data.
+
+    Example: qlora eval runs/quickstart --baseline
+    """
+    with problems_as_json(as_json):
+        checked = recipe_of(target, overrides)
+        quiet_libraries(checked)
+        from qlora_cli import commands, display
+
+        report = display.make_report()
+        result = commands.evaluate(checked, report, adapter=adapter, baseline=baseline, limit=limit)
+    if as_json:
+        print_json(result)
+    else:
+        display.print_evaluation(result)
+
+
+@app.command()
+def merge(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
+    out: Annotated[Path | None, typer.Option(help="Where to write the model: RUN/merged.")] = None,
+    base: Annotated[
+        Literal["dequantized", "original"],
+        typer.Option(help="Weights to add to: dequantized, which were trained on, or the original ones."),
+    ] = "dequantized",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type written: the run's compute dtype.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Fold a run's adapter into the weights, and measure the difference to the unmerged model.
+
+    Example: qlora merge runs/quickstart --out merged
+    """
+    with problems_as_json(as_json):
+        checked = recipe_of(run, None)
+        quiet_libraries(checked)
+        from qlora_cli import commands, display
+
+        result = commands.merge(run, checked, display.make_report(), out=out, onto=base, dtype=dtype)
+    if as_json:
+        print_json(result)
+    else:
+        display.print_merge(result)
+
+
+def recipe_of(target: Path, overrides: list[str] | None) -> Recipe:
+    """The recipe of a run folder, as it was understood when the run began, or the recipe in a file."""
+    from qlora_cli.recipe import load_recipe
+
+    if not target.is_dir():
+        return load_recipe(target, overrides or ())
+    resolved = target / "resolved.yaml"
+    if not resolved.exists():
+        raise UserError(target, "no run folder (no resolved.yaml)", "name the output_dir of a run, or a recipe")
+    return load_recipe(resolved, [*(overrides or ()), f"output_dir={json.dumps(str(target))}"])
+
+
+def quiet_libraries(recipe: Recipe) -> None:
+    """Before torch and its friends are imported: no network where nothing remote is named, none of their chatter.
+
+    What users must know of a library's behaviour, our own lines say.
+    """
+    from qlora_cli.recipe.remote import names_something_remote
+
+    if not names_something_remote(recipe):
+        os.environ["HF_HUB_OFFLINE"] = "1"
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.simplefilter("ignore", FutureWarning)
+    warnings.simplefilter("ignore", DeprecationWarning)
+
+
+@app.command()
+def schema(
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print a page for people instead.")] = False,
+) -> None:
+    """Print the JSON Schema of recipes for an editor.
+
+    Example: qlora schema > recipe.schema.json
+    """
+    from qlora_cli.recipe.document import recipe_json_schema, recipe_markdown
+
+    if markdown:
+        print(recipe_markdown(), end="")
+    else:
+        print_json(recipe_json_schema())
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Where to write it.")] = Path("recipe.yaml"),
+    model: Annotated[str | None, typer.Option(help="The base model: a hub id or a folder.")] = None,
+    data: Annotated[str | None, typer.Option(help="The training data: a file or a hub id.")] = None,
+) -> None:
+    """Write a starter recipe with comments. An existing file is never overwritten.
+
+    Example: qlora init my.yaml --model HuggingFaceTB/SmolLM2-135M --data rows.jsonl
+    """
+    from qlora_cli.recipe.starter import write_starter
+
+    write_starter(path, model, data)
+    print(path)

@@ -1,0 +1,1 @@
+"""From data sources to encoded examples: read rows, recognise their format, render, encode, label, order."""

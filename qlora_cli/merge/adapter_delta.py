@@ -1,0 +1,187 @@
+"""A plain PEFT LoRA folder as a plan: which base tensor it changes, and how.
+
+Formulas and conventions are PEFT 0.21.2's: `tuners/lora/layer.py` (scaling), `tuners/lora/model.py` (patterns),
+`tuners/lora/dora.py` (DoRA's norm is taken per output feature).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qlora_cli.errors import UserError
+from qlora_cli.merge.layout import Layout
+from qlora_cli.merge.safetensors_stream import read_entries, read_tensor
+
+PREFIX = "base_model.model."
+LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"
+
+UNDERSTOOD = frozenset(
+    """alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode
+    init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_core
+    modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision target_modules task_type use_dora
+    use_rslora""".split()  # noqa: SIM905
+)
+"""Keys of adapter_config.json whose meaning is in this file, or that do not bear on a merge. Any other that is set
+names a variant of LoRA with other arithmetic."""
+STARTS = (True, False, "gaussian")
+"""`init_lora_weights` that leave the base as it is. The others (pissa, loftq, ...) go with a changed base."""
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter folder that has been checked but not loaded."""
+
+    folder: Path
+    config: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+
+    @property
+    def weights(self) -> Path:
+        """The file of its tensors."""
+        return self.folder / "adapter_model.safetensors"
+
+    def tensor(self, name: str) -> Tensor:
+        """One of its tensors in float32."""
+        return read_tensor(self.weights, name).float()
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """W + scaling * B @ A, with each row brought to `magnitude` where there is one (DoRA).
+
+    transposed: the base stores W as (in_features, out_features), as GPT-2's Conv1D does.
+    """
+
+    module: str
+    scaling: float
+    magnitude: bool
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A tensor trained in full (`modules_to_save`)."""
+
+    name: str
+
+
+Update = LowRank | Replacement
+
+
+def read_adapter(folder: Path) -> Adapter:
+    """Check an adapter folder. Raises UserError for one that is missing, damaged, or not LoRA as we know it."""
+    file = folder / "adapter_config.json"
+    if not file.is_file():
+        raise UserError(folder, "no adapter_config.json", "name the adapter folder of a run")
+    try:
+        config = json.loads(file.read_bytes())
+        peft_type = config["peft_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(file, "damaged: no JSON with a peft_type", "copy the adapter folder again") from error
+    if peft_type != "LORA":
+        raise UserError(file, f"merging peft_type {peft_type!r} is not available yet", "use the adapter unmerged")
+    for name, value in config.items():
+        if (value and name not in UNDERSTOOD) or (name == "bias" and value != "none"):
+            raise UserError(file, f"merging with {name}: {value!r} is not available yet", "use the adapter unmerged")
+    if (start := config.get("init_lora_weights", True)) not in STARTS:
+        raise UserError(
+            file,
+            f"init_lora_weights: {start!r} changed the base, and merging onto a changed base is not available yet",
+            "use the adapter unmerged",
+        )
+    entries = read_entries(folder / "adapter_model.safetensors")
+    return Adapter(folder, config, {entry.name: entry.shape for entry in entries})
+
+
+def plan_updates(adapter: Adapter, base: Mapping[str, tuple[int, ...]], layout: Layout) -> dict[str, Update]:
+    """What the adapter does to each base tensor (live names and stored shapes), using each of its tensors once.
+
+    Raises UserError for tensors that fit nothing in the base, wrong shapes, and tied weights.
+    """
+    _refuse_tied(adapter, layout)
+    left = set(adapter.shapes)
+    updates: dict[str, Update] = {}
+    for key in sorted(adapter.shapes):
+        name = key.removeprefix(PREFIX)
+        if key.endswith(LORA_A) and name.removesuffix(LORA_A) + ".weight" in base:
+            module = name.removesuffix(LORA_A)
+            parts = {PREFIX + module + part for part in (LORA_A, LORA_B, *([MAGNITUDE] if _dora(adapter) else []))}
+            if parts <= left:
+                left -= parts
+                updates[module + ".weight"] = _low_rank(adapter, module, base[module + ".weight"], layout)
+        elif key.startswith(PREFIX) and name in base and name not in updates:
+            left.remove(key)
+            _check_shape(adapter, key, base[name])
+            updates[name] = Replacement(key)
+    if left:
+        some = ", ".join(sorted(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+        what = f"no place in the base, or no other half, for {some}"
+        raise UserError(adapter.weights, what, "name the base this adapter was trained on")
+    return updates
+
+
+def _refuse_tied(adapter: Adapter, layout: Layout) -> None:
+    """One stored tensor serves two layers, of which the adapter changes one: no single merged value is right."""
+    for module in sorted(layout.tied):
+        if any(key.startswith(f"{PREFIX}{module}.") for key in adapter.shapes):
+            raise UserError(
+                adapter.folder,
+                f"the adapter changes {module}, which shares its weight with another layer (tie_word_embeddings); "
+                "merging a tied weight is not available yet",
+                "use the adapter unmerged, or train without that module",
+            )
+
+
+def _dora(adapter: Adapter) -> bool:
+    return bool(adapter.config.get("use_dora"))
+
+
+def _low_rank(adapter: Adapter, module: str, stored: tuple[int, ...], layout: Layout) -> LowRank:
+    """The update of one linear module, with its rank and alpha resolved by PEFT's own pattern function."""
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = adapter.config.get("rank_pattern") or {}, adapter.config.get("alpha_pattern") or {}
+    r = ranks.get(get_pattern_key(ranks.keys(), module), adapter.config["r"])
+    alpha = alphas.get(get_pattern_key(alphas.keys(), module), adapter.config["lora_alpha"])
+    transposed = module in layout.conv1d
+    out_features, in_features = reversed(stored) if transposed else stored
+    _check_shape(adapter, PREFIX + module + LORA_A, (r, in_features))
+    _check_shape(adapter, PREFIX + module + LORA_B, (out_features, r))
+    if _dora(adapter):
+        _check_shape(adapter, PREFIX + module + MAGNITUDE, (out_features,))
+    scaling = alpha / math.sqrt(r) if adapter.config.get("use_rslora") else alpha / r
+    return LowRank(module, scaling, _dora(adapter), transposed)
+
+
+def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:
+    if adapter.shapes[key] != expected:
+        raise UserError(
+            adapter.weights,
+            f"{key} has shape {list(adapter.shapes[key])}, but base and adapter_config.json ask for {list(expected)}",
+            "name the base this adapter was trained on",
+        )
+
+
+def updated(adapter: Adapter, update: Update, weight: Tensor) -> Tensor:
+    """The new float32 value of a base tensor, in its stored orientation.
+
+    weight: the base's value, float32, as stored; changed in place where that saves memory.
+    """
+    if isinstance(update, Replacement):
+        return adapter.tensor(update.name).to(weight.device)
+    key = PREFIX + update.module
+    a, b = (adapter.tensor(key + part).to(weight.device) for part in (LORA_A, LORA_B))
+    rows = weight.T if update.transposed else weight  # (out_features, in_features), a view
+    rows += (b @ a).mul_(update.scaling)
+    if update.magnitude:
+        magnitude = adapter.tensor(key + MAGNITUDE).to(weight.device)
+        rows *= (magnitude / torch.linalg.norm(rows, dim=1)).unsqueeze(1)
+    return weight

@@ -1,0 +1,69 @@
+"""How far a merged model is from the unmerged one, measured on real rows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.errors import Exit, UserError
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Candidate against reference over all measured positions; `dataclasses.asdict` of it is JSON."""
+
+    max_abs: float  # largest difference of a logit
+    mean_kl: float  # KL(reference || candidate), nats per position
+    p99_kl: float  # its 99th percentile
+    top1_agreement: float  # share of positions with the same best token
+    positions: int
+
+
+@torch.no_grad()
+def logits_of(model: nn.Module, rows: Sequence[list[int]], max_positions: int) -> list[Tensor]:
+    """Next-token logits of each row at evenly spaced positions, at most max_positions in all (one per row at least).
+
+    Rows are run one by one, in eval mode, so that no more than one row's logits are ever whole in memory. A 4-bit model
+    on the CPU must have been disarmed (`support_avx512bf16_for_cpu`): eval mode would repack its weights.
+    Returns per row (positions, vocabulary) float32 on the CPU.
+    """
+    per_row = max(1, max_positions // max(1, len(rows)))
+    was_training = model.training
+    device = next(model.parameters()).device
+    kept = []
+    model.eval()
+    try:
+        for row in rows:
+            chosen = torch.linspace(0, len(row) - 1, min(per_row, len(row))).round().long()
+            logits = model(input_ids=torch.tensor([row], device=device)).logits[0]
+            kept.append(logits[chosen.to(device)].float().cpu())
+    finally:
+        model.train(was_training)
+    return kept
+
+
+def compare(reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> Difference:
+    """Measure in float64, row by row. reference, candidate: per row (positions, vocabulary), as `logits_of` gives.
+
+    Raises UserError (exit code FAILED) where the candidate's logits are not finite.
+    """
+    assert [tensor.shape for tensor in reference] == [tensor.shape for tensor in candidate], "not the same positions"
+    assert reference, "a comparison needs a row"
+    largest, divergences, agreeing = 0.0, [], 0
+    for row, (expected, got) in enumerate(zip(reference, candidate, strict=True)):
+        if not torch.isfinite(got).all():
+            raise UserError(
+                "merged model",
+                f"its logits are not finite on row {row + 1}",
+                "merge in bfloat16 or float32",
+                Exit.FAILED,
+            )
+        largest = max(largest, (expected.double() - got.double()).abs().max().item())
+        log_p, log_q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
+        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        agreeing += int((expected.argmax(-1) == got.argmax(-1)).sum())
+    kl = torch.cat(divergences).clamp(min=0)  # rounding can leave -1e-17
+    return Difference(largest, kl.mean().item(), kl.quantile(0.99).item(), agreeing / len(kl), len(kl))

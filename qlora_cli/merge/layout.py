@@ -1,0 +1,74 @@
+"""What the transformers class says about the tensors of its checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qlora_cli.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names as in the live model; a checkpoint of the bare model (hub GPT-2) lacks their prefix."""
+
+    prefix: str
+    parameters: frozenset[str]
+    conv1d: frozenset[str]  # modules whose weight is stored (in_features, out_features)
+    tied: frozenset[str]  # modules that share their weight with another
+
+    def parameter(self, name: str) -> str | None:
+        """The live name of a checkpoint tensor, or None where it is none of the parameters (a buffer)."""
+        return next((full for full in (name, f"{self.prefix}.{name}") if full in self.parameters), None)
+
+
+def read_layout(folder: Path, compute_dtype: torch.dtype) -> Layout:
+    """Build the folder's model on the meta device, without memory, and read its names.
+
+    Raises UserError where config.json is missing or damaged, already quantised, of a class that transformers does not
+    have, or of one that keeps some weights in float32 beside compute_dtype.
+    """
+    import transformers
+    from transformers.pytorch_utils import Conv1D
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        cause = str(error).strip().partition("\n")[0]
+        raise UserError(folder / "config.json", f"cannot be read ({cause})", "name a transformers folder") from error
+    if getattr(config, "quantization_config", None) is not None:
+        raise UserError(folder, "this base is stored quantised", "name the folder of its 16- or 32-bit weights")
+    architecture = (config.architectures or ["none"])[0]
+    model_class = getattr(transformers, architecture, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise UserError(
+            folder / "config.json",
+            f"merging architecture {architecture!r} is not available yet: transformers has no such class",
+            "use the adapter unmerged",
+        )
+    with torch.device("meta"):
+        model = model_class(config)
+    if kept := _kept_in_fp32(model, compute_dtype):
+        raise UserError(
+            folder,
+            f"merging {architecture} in {compute_dtype} is not available yet: it keeps {', '.join(kept)} in float32",
+            "train it with quantization.compute_dtype: float32",
+        )
+    shared = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return Layout(
+        prefix=model.base_model_prefix,
+        parameters=frozenset(parameters),
+        conv1d=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
+        tied=frozenset(name.rpartition(".")[0] for name, p in parameters.items() if shared[id(p)] > 1),
+    )
+
+
+def _kept_in_fp32(model: torch.nn.Module, compute_dtype: torch.dtype) -> list[str]:
+    """Name patterns that transformers leaves in float32 (`PreTrainedModel._get_dtype_plan`, 5.23)."""
+    always = getattr(model, "_keep_in_fp32_modules_strict", None) if compute_dtype != torch.float32 else None
+    in_fp16 = getattr(model, "_keep_in_fp32_modules", None) if compute_dtype == torch.float16 else None
+    return sorted({*(always or ()), *(in_fp16 or ())})

@@ -1,0 +1,283 @@
+"""What other tools call things: axolotl, LLaMA-Factory, TRL, torchtune, Unsloth, and where it lives here.
+
+One table. A value in backticks alone is a place of ours; anything else is advice, printed as it is. A key that is
+taken in several sections has an entry with its section in front, looked up first: `data.train.type`.
+To add a name: one line. A test checks that every place in the table is in the schema.
+"""
+
+from __future__ import annotations
+
+import re
+
+from qlora_cli.recipe.fields import field_at, today
+from qlora_cli.recipe.located_yaml import KeyPath
+
+LEAVE = "Leave it out: "
+PROCESSES = LEAVE + "several processes are accelerate's, `accelerate launch -m qlora_cli train RECIPE`"
+KERNELS = LEAVE + "the fastest kernel that fits is taken by itself"
+TRACKER = "Use `report_to: [wandb]` and set the tracker's details in its own environment variables"
+TOKENIZER = LEAVE + "the tokenizer comes with `model.name_or_path`"
+RESUME = LEAVE + "`qlora train RECIPE --resume auto` continues `output_dir`"
+WORKERS = LEAVE + "the data is prepared once, and kept for the next run"
+HUB = LEAVE + "nothing is uploaded; push the merged folder with `hf upload`"
+PREFERENCES = "Only supervised finetuning is done here: take TRL for preferences, rewards and reinforcement"
+FULL = LEAVE + "only an adapter is trained here, `quantization.data_type: none` gives it a 16-bit base"
+GENERATION = "Only training is set here: see `evaluation` for generation in an evaluation"
+CHECKPOINTS = LEAVE + "a checkpoint always holds the adapter and all that a resumed run needs"
+PICTURES = LEAVE + "only text is trained here"
+
+PEERS: dict[str, str] = {
+    # the base model
+    "base_model": "`model.name_or_path`",
+    "model_name": "`model.name_or_path`",
+    "model_name_or_path": "`model.name_or_path`",
+    "model_id": "`model.name_or_path`",
+    "checkpointer": "The base is `model.name_or_path`, the run folder `output_dir`",
+    "flash_attention": "`model.attn_implementation: flash_attention_2`",
+    "flash_attn": "`model.attn_implementation`",
+    "use_flash_attention_2": "`model.attn_implementation: flash_attention_2`",
+    "sdp_attention": "`model.attn_implementation: sdpa`",
+    "eager_attention": "`model.attn_implementation: eager`",
+    "tokens": "`model.added_tokens`",
+    "add_tokens": "`model.added_tokens`",
+    "add_special_tokens": "`model.added_tokens`",
+    "special_tokens": TOKENIZER + "; new ones go to `model.added_tokens`",
+    "tokenizer": TOKENIZER,
+    "tokenizer_type": TOKENIZER,
+    "tokenizer_config": TOKENIZER,
+    "processor_type": PICTURES,
+    "model_type": LEAVE + "the class follows from the model's config.json and `model.task`",
+    "model_class": LEAVE + "the class follows from the model's config.json and `model.task`",
+    "_component_": "Choose by name, not by Python path: `model.name_or_path`, `training.optimizer`",
+    "device": LEAVE + "the GPU is taken where there is one; CUDA_VISIBLE_DEVICES chooses among several",
+    "device_map": LEAVE + "the GPU is taken where there is one; CUDA_VISIBLE_DEVICES chooses among several",
+    # the quantised base
+    "load_in_4bit": "`quantization.data_type: nf4`",
+    "load_in_8bit": "`quantization.data_type: int8`",
+    "quantize_base": "`quantization.data_type: nf4`",
+    "quantization_bit": "`quantization.data_type`: nf4 for 4, int8 for 8, none for 16",
+    "quantization_method": LEAVE + "`quantization.data_type` says it all",
+    "quant_config": "`quantization.data_type`: nf4 for 4 bits, int8 for 8, none for 16",
+    "bnb_4bit_quant_type": "`quantization.data_type`",
+    "bnb_4bit_use_double_quant": "`quantization.double_quant`",
+    "double_quantization": "`quantization.double_quant`",
+    "bnb_4bit_compute_dtype": "`quantization.compute_dtype`",
+    "bnb_config_kwargs": "`quantization.double_quant`, or the other keys of `quantization`",
+    "llm_int8_threshold": "`quantization.outlier_threshold`",
+    "llm_int8_skip_modules": "`quantization.skip_modules`",
+    "group_size": "`quantization.block_size`",
+    "bf16": "`quantization.compute_dtype: bfloat16`",
+    "pure_bf16": "`quantization.compute_dtype: bfloat16`",
+    "fp16": "`quantization.compute_dtype: float16`",
+    "dtype": "`quantization.compute_dtype`",
+    "torch_dtype": "`quantization.compute_dtype`",
+    "mixed_precision": "`quantization.compute_dtype`",
+    "tf32": LEAVE + "matrices are multiplied in `quantization.compute_dtype`",
+    "fp8": LEAVE + "matrices are multiplied in `quantization.compute_dtype`",
+    "gptq": LEAVE + "the base is quantised here, from unquantised weights; see `quantization.data_type`",
+    # the adapter
+    "adapter_name_or_path": "`adapter.from`",
+    "lora_model_dir": "`adapter.from`",
+    "peft_config": "`adapter`",
+    "peft": "`adapter`",
+    "lora": "`adapter`",
+    "finetuning_type": LEAVE + "an adapter is all that is trained, with the settings of `adapter`",
+    "lora_r": "`adapter.r`",
+    "lora_rank": "`adapter.r`",
+    "rank": "`adapter.r`",
+    "lora_alpha": "`adapter.alpha`",
+    "lora_dropout": "`adapter.dropout`",
+    "lora_target": "`adapter.target_modules`",
+    "lora_target_modules": "`adapter.target_modules`",
+    "lora_target_linear": "`adapter.target_modules: all-linear`",
+    "lora_attn_modules": "`adapter.target_modules`",
+    "apply_lora_to_mlp": "`adapter.target_modules`, with the names of the MLP's modules in it, or all-linear",
+    "apply_lora_to_output": "`adapter.target_modules`, with lm_head among them",
+    "lora_modules_to_save": "`adapter.modules_to_save`",
+    "additional_target": "`adapter.modules_to_save`",
+    "layers_to_transform": "`adapter.layers`",
+    "peft_layers_to_transform": "`adapter.layers`",
+    "init_lora_weights": "`adapter.init`",
+    "peft_init_lora_weights": "`adapter.init`",
+    "loftq_config": "`adapter.loftq`",
+    "loftq_iter": "`adapter.loftq.iterations`",
+    "loftq_bits": LEAVE + "LoftQ uses the `quantization.data_type` of the base",
+    "pissa_init": "`adapter.init: pissa`",
+    "peft_use_rslora": "`adapter.use_rslora`",
+    "peft_use_dora": "`adapter.use_dora`",
+    "lora_mlp_kernel": KERNELS,
+    "lora_qkv_kernel": KERNELS,
+    "lora_o_kernel": KERNELS,
+    "unfrozen_parameters": FULL,
+    "use_galore": FULL,
+    # the data
+    "datasets": "`data.train`",
+    "dataset": "`data.train`",
+    "dataset_name": "`data.train`",
+    "train_dataset": "`data.train`",
+    "pretraining_dataset": "`data.train` with `format: text`, and `data.train_on: all`",
+    "test_datasets": "`data.eval`",
+    "eval_dataset": "`data.eval`",
+    "dataset_val": "`data.eval`",
+    "val_set_size": "`data.eval_fraction`",
+    "val_size": "`data.eval_fraction`",
+    "data.train.type": "`format` of the source: alpaca, messages, ...; auto finds it",
+    "data.eval.type": "`format` of the source: alpaca, messages, ...; auto finds it",
+    "data.train.data_files": "`path` of the source: one file, or a hub id",
+    "data.eval.data_files": "`path` of the source: one file, or a hub id",
+    "data.train.subset": "`name` of the source",
+    "data.eval.subset": "`name` of the source",
+    "data.train.source": "`path` of the source",
+    "data.train.ds_type": LEAVE + "the ending of `path` says what the file is",
+    "data.train.conversation": LEAVE + "chats are written by `data.chat_template`",
+    "max_samples": "`limit` of each source in `data.train`",
+    "sequence_len": "`data.max_length`",
+    "cutoff_len": "`data.max_length`",
+    "max_seq_length": "`data.max_length`",
+    "max_seq_len": "`data.max_length`",
+    "model_max_length": "`data.max_length`",
+    "max_source_length": "`data.source_max_length`",
+    "max_target_length": "`data.target_max_length`",
+    "sample_packing": "`data.packing`",
+    "eval_sample_packing": "`data.packing`",
+    "neat_packing": "`data.packing`",
+    "packed": "`data.packing`",
+    "pad_to_sequence_len": LEAVE + "rows are packed, or padded to the longest of their micro-batch; see `data.packing`",
+    "group_by_length": LEAVE + "rows are packed instead; see `data.packing`",
+    "template": "`data.chat_template`: a file, or null for the tokenizer's own",
+    "prompt_template": "`data.chat_template`: a file, or null for the tokenizer's own",
+    "chat_template_jinja": "`data.chat_template`",
+    "train_on_inputs": "`data.train_on`: completion for false, all for true",
+    "train_on_source": "`data.train_on`: completion for false, all for true",
+    "train_on_prompt": "`data.train_on`: completion for false, all for true",
+    "train_on_responses_only": "`data.train_on: completion`",
+    "completion_only_loss": "`data.train_on: completion`",
+    "assistant_only_loss": "`data.train_on: completion`",
+    "roles_to_train": "`data.train_on`",
+    "train_on_eos": LEAVE + "the token that ends an answer is always trained; see `data.train_on`",
+    "eot_tokens": LEAVE + "the token that ends an answer is found in the tokenizer and is always trained",
+    "shuffle": LEAVE + "training rows are always shuffled, by `training.seed`",
+    "shuffle_merged_datasets": LEAVE + "training rows are always shuffled, by `training.seed`",
+    "overwrite_cache": WORKERS,
+    "preprocessing_num_workers": WORKERS,
+    "dataloader_num_workers": WORKERS,
+    "dataset_prepared_path": WORKERS,
+    "remove_unused_columns": WORKERS,
+    # the loop
+    "num_epochs": "`training.epochs`",
+    "num_train_epochs": "`training.epochs`",
+    "max_steps_per_epoch": "`training.max_steps`, over all epochs",
+    "batch_size": "`training.micro_batch_size`, times `training.gradient_accumulation_steps` for the whole batch",
+    "per_device_train_batch_size": "`training.micro_batch_size`",
+    "eval_batch_size": "`evaluation.batch_size`",
+    "per_device_eval_batch_size": "`evaluation.batch_size`",
+    "batch_size_val": "`evaluation.batch_size`",
+    "lr": "`training.learning_rate`",
+    "loraplus_lr_ratio": "`training.loraplus_ratio`",
+    "lr_scheduler_type": "`training.lr_scheduler`",
+    "lr_scheduler_kwargs": "`training.min_lr_ratio` sets the floor",
+    "cosine_min_lr_ratio": "`training.min_lr_ratio`",
+    "eta_min": "`training.min_lr_ratio`, as a share of `training.learning_rate`",
+    "num_warmup_steps": "`training.warmup_steps`",
+    "optim": "`training.optimizer`",
+    "optimizer": "`training.optimizer`, by name; its rate is `training.learning_rate`",
+    "optim_config": "`training.optimizer`, by name; its rate is `training.learning_rate`",
+    "adam_eps": "`training.adam_epsilon`",
+    "clip_grad_norm": "`training.max_grad_norm`",
+    "activation_checkpointing": "`training.gradient_checkpointing`",
+    "enable_activation_checkpointing": "`training.gradient_checkpointing`",
+    "use_gradient_checkpointing": "`training.gradient_checkpointing`",
+    "disable_gradient_checkpointing": "`training.gradient_checkpointing`",
+    "gradient_checkpointing_kwargs": LEAVE + "`training.gradient_checkpointing` is enough",
+    "activation_offloading": "`training.memory`",
+    "enable_activation_offloading": "`training.memory`",
+    "compile": "`training.torch_compile`",
+    "random_state": "`training.seed`",
+    "log_every_n_steps": "`training.logging_steps`",
+    "run_val_every_n_steps": "`training.eval_steps`",
+    "eval_strategy": "`training.eval_steps`",
+    "evaluation_strategy": "`training.eval_steps`",
+    "evals_per_epoch": "`training.eval_steps`, in optimizer steps",
+    "saves_per_epoch": "`training.save_steps`, in optimizer steps",
+    "save_strategy": "`training.save_steps`",
+    "keep_last_n_checkpoints": "`training.save_total_limit`",
+    "loss_watchdog_threshold": "`training.on_nonfinite`",
+    "loss_watchdog_patience": "`training.on_nonfinite`",
+    "neftune_alpha": "`training.neftune_noise_alpha`",
+    "loss": LEAVE + "the loss follows from `model.task`",
+    "cut_cross_entropy": KERNELS,
+    "liger_rope": KERNELS,
+    "liger_rms_norm": KERNELS,
+    "liger_glu_activation": KERNELS,
+    "liger_fused_linear_cross_entropy": KERNELS,
+    "use_liger_kernel": KERNELS,
+    "enable_liger_kernel": KERNELS,
+    "plugins": KERNELS,
+    "kernel_config": KERNELS,
+    # the run folder and what is written to it
+    "resume_from_checkpoint": RESUME,
+    "auto_resume_from_checkpoints": RESUME,
+    "overwrite_output_dir": RESUME,
+    "save_only_model": CHECKPOINTS,
+    "save_adapter_weights_only": CHECKPOINTS,
+    "do_train": LEAVE + "the command says what is done: `qlora train RECIPE`",
+    "do_eval": LEAVE + "held-out data in `data.eval` is measured every `training.eval_steps`",
+    "stage": PREFERENCES + "; for that alone leave the key out",
+    "rl": PREFERENCES,
+    "trl": PREFERENCES,
+    "pref_beta": PREFERENCES,
+    "plot_loss": LEAVE + "loss.png is always drawn in `output_dir`",
+    "export_dir": LEAVE + "`qlora merge RUN --out DIR` writes the merged model",
+    "wandb_project": TRACKER,
+    "wandb_entity": TRACKER,
+    "wandb_name": TRACKER,
+    "wandb_run_id": TRACKER,
+    "wandb_watch": TRACKER,
+    "wandb_log_model": TRACKER,
+    "run_name": TRACKER,
+    "trackio_project_name": "`report_to: [trackio]`",
+    "mlflow_tracking_uri": "`report_to: [mlflow]`",
+    "metric_logger": "`report_to`",
+    "logging_dir": LEAVE + "everything is written below `output_dir`",
+    "log_level": LEAVE + "it is no matter of the recipe",
+    "profiler": LEAVE + "memory and speed of each step are in metrics.jsonl in `output_dir`",
+    "log_peak_memory_stats": LEAVE + "memory and speed of each step are in metrics.jsonl in `output_dir`",
+    "hub_model_id": HUB,
+    "push_to_hub": HUB,
+    # evaluation
+    "early_stopping_patience": "`evaluation.early_stopping_patience`",
+    "metric_for_best_model": "`evaluation.best_metric`",
+    "eval_max_new_tokens": "`evaluation.max_new_tokens`",
+    "temperature": GENERATION,
+    # several processes
+    "deepspeed": PROCESSES,
+    "fsdp": PROCESSES,
+    "fsdp_config": PROCESSES,
+    "fsdp_version": PROCESSES,
+    "fsdp_cpu_offload": PROCESSES,
+    "ddp_timeout": PROCESSES,
+    "ddp_find_unused_parameters": PROCESSES,
+    "dist_config": PROCESSES,
+    "distributed_type": PROCESSES,
+    "num_processes": PROCESSES,
+    "dp_shard_size": PROCESSES,
+    "tensor_parallel_size": PROCESSES,
+    "context_parallel_size": PROCESSES,
+}
+
+PLACE = re.compile(r"`([a-z_0-9.]+)(?:: [^`]+)?`")
+
+
+def advice(around: KeyPath, name: str) -> str:
+    """Where a peer's key lives here, or what to do instead; empty for a key that no peer in the table has.
+
+    around: the path of the section in which the key was found.
+    """
+    section = ".".join(step for step in around if isinstance(step, str))
+    meant = PEERS.get(f"{section}.{name}") or PEERS.get(name, "")
+    if not meant.startswith("`"):
+        return meant
+    place = PLACE.match(meant)
+    field = field_at(tuple(place[1].split("."))) if place else None
+    later = field is not None and len(today(field) or "more") == 1
+    return f"Here it is {meant}" + (", which is not available yet" if later else "")

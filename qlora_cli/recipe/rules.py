@@ -1,0 +1,167 @@
+"""Keys that are legal alone and make no sense together: one small function per rule, all of them tried.
+
+A rule looks at values, never at which keys were written: `resolved.yaml` writes every key and must load again.
+So "given" means: not the default.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from qlora_cli.recipe.fields import fields
+from qlora_cli.recipe.located_yaml import show
+from qlora_cli.recipe.problems import Problem
+from qlora_cli.recipe.schema import Adapter, Recipe, Section, Source
+
+Rule = Callable[[Recipe], Iterator[Problem]]
+
+FILE = re.compile(r"[./~].*|.*\.[A-Za-z]\w{0,7}")  # rows.jsonl is one, owner/corpus-v1.0 is not: as in data/sources.py
+
+
+def length_limits_come_in_pairs(recipe: Recipe) -> Iterator[Problem]:
+    """`data.source_max_length` and `target_max_length` are given both or not at all."""
+    data = recipe.data
+    if (data.source_max_length is None) == (data.target_max_length is None):
+        return
+    given, absent = "source_max_length", "target_max_length"
+    if data.source_max_length is None:
+        given, absent = absent, given
+    todo = f"Set both, or use `data.max_length` for the whole example instead of `{given}`"
+    yield Problem(("data", given), f"`{given}: {getattr(data, given)}` without `{absent}`", todo)
+
+
+def one_kind_of_length_limit(recipe: Recipe) -> Iterator[Problem]:
+    """`data.max_length` is not given beside `source_max_length` and `target_max_length`."""
+    data = recipe.data
+    if data.source_max_length is not None and data.target_max_length is not None and _given(data, "max_length"):
+        what = f"`max_length: {data.max_length}` beside `source_max_length` and `target_max_length`"
+        yield Problem(("data", "max_length"), what, "Keep the one limit or the pair")
+
+
+def four_bit_settings_need_four_bits(recipe: Recipe) -> Iterator[Problem]:
+    """`quantization.block_size` and `double_quant` are for 4 bits: int8 keeps one scale per row, none has no scales."""
+    if recipe.quantization.data_type in ("int8", "none"):
+        for name in ("double_quant", "block_size"):
+            yield from _no_effect(recipe, "quantization", name, f"with `data_type: {recipe.quantization.data_type}`")
+
+
+def outliers_need_int8(recipe: Recipe) -> Iterator[Problem]:
+    """`quantization.outlier_threshold` is for `data_type: int8` alone."""
+    if recipe.quantization.data_type != "int8":
+        reason = f"with `data_type: {recipe.quantization.data_type}`"
+        yield from _no_effect(recipe, "quantization", "outlier_threshold", reason)
+
+
+def a_continued_adapter_keeps_its_shape(recipe: Recipe) -> Iterator[Problem]:
+    """`adapter.from` stands alone: the continued adapter's own adapter_config.json says what it is."""
+    if recipe.adapter.from_ is None:
+        return
+    for name in fields(Adapter):
+        if name != "from" and _given(recipe.adapter, name):
+            what = f"`{name}: {show(_plain(recipe.adapter, name))}` beside `from: {recipe.adapter.from_}`"
+            todo = f"Delete `{name}`: a continued adapter brings its own, or delete `from` to start anew"
+            yield Problem(("adapter", name), what, todo)
+
+
+def layers_need_names(recipe: Recipe) -> Iterator[Problem]:
+    """`adapter.layers` goes with names or all-linear: an expression names layers itself, and PEFT refuses both."""
+    adapter = recipe.adapter
+    names = adapter.target_modules
+    if adapter.from_ is not None or adapter.layers is None:
+        return
+    if isinstance(names, str) and names != "all-linear":
+        what = f"`layers` beside the expression `target_modules: {names}`"
+        todo = "Give `target_modules` as a list of names or all-linear, or write the layers into the expression"
+        yield Problem(("adapter", "layers"), what, todo)
+
+
+def loftq_settings_need_loftq(recipe: Recipe) -> Iterator[Problem]:
+    """`adapter.loftq` is for `init: loftq` alone."""
+    adapter = recipe.adapter
+    if adapter.from_ is None and adapter.init != "loftq" and _given(adapter.loftq, "iterations"):
+        what = f"`iterations: {adapter.loftq.iterations}` has no effect with `init: {adapter.init}`"
+        yield Problem(("adapter", "loftq", "iterations"), what, "Set `adapter.init: loftq` or delete it")
+
+
+def one_kind_of_warmup(recipe: Recipe) -> Iterator[Problem]:
+    """Warmup is given as `training.warmup_steps` or as `warmup_ratio`."""
+    training = recipe.training
+    if training.warmup_steps is not None and _given(training, "warmup_ratio"):
+        what = f"`warmup_ratio: {training.warmup_ratio}` beside `warmup_steps: {training.warmup_steps}`"
+        yield Problem(("training", "warmup_ratio"), what, "Keep one of the two")
+
+
+def a_constant_schedule_has_no_floor(recipe: Recipe) -> Iterator[Problem]:
+    """`training.min_lr_ratio` is for a schedule that falls, not for `lr_scheduler: constant`."""
+    if recipe.training.lr_scheduler == "constant":
+        yield from _no_effect(recipe, "training", "min_lr_ratio", "with `lr_scheduler: constant`")
+
+
+def one_kind_of_held_out_data(recipe: Recipe) -> Iterator[Problem]:
+    """Held-out data is named in `data.eval` or taken off by `eval_fraction`."""
+    if recipe.data.eval and recipe.data.eval_fraction:
+        what = f"`eval_fraction: {recipe.data.eval_fraction}` beside `eval`"
+        yield Problem(("data", "eval_fraction"), what, "Keep one of the two")
+
+
+def held_out_data_is_not_trained_on(recipe: Recipe) -> Iterator[Problem]:
+    """What is in `data.eval` is not in `data.train`: the same file, or the same split of a hub data set."""
+    trained = {_rows_of(source, "train"): index for index, source in enumerate(recipe.data.train)}
+    for index, source in enumerate(recipe.data.eval):
+        rows = _rows_of(source, "held-out")
+        if rows in trained:
+            what = f"{show(source.path)} is held out here and trained on in `data.train[{trained[rows]}]`"
+            todo = "Name another file or split: a model that has seen the answers cannot be measured on them"
+            yield Problem(("data", "eval", index, "path"), what, todo)
+
+
+RULES: tuple[Rule, ...] = (
+    length_limits_come_in_pairs,
+    one_kind_of_length_limit,
+    four_bit_settings_need_four_bits,
+    outliers_need_int8,
+    a_continued_adapter_keeps_its_shape,
+    layers_need_names,
+    loftq_settings_need_loftq,
+    one_kind_of_warmup,
+    a_constant_schedule_has_no_floor,
+    one_kind_of_held_out_data,
+    held_out_data_is_not_trained_on,
+)
+
+
+def broken_rules(recipe: Recipe) -> Iterator[Problem]:
+    """What every rule has against the recipe."""
+    for rule in RULES:
+        yield from rule(recipe)
+
+
+def _no_effect(recipe: Recipe, section: str, name: str, reason: str) -> Iterator[Problem]:
+    """A problem where `section.name` is given although nothing reads it."""
+    holder = getattr(recipe, section)
+    if _given(holder, name):
+        what = f"`{name}: {show(getattr(holder, name))}` has no effect {reason}"
+        yield Problem((section, name), what, "Delete one of the two")
+
+
+def _given(section: Section, name: str) -> bool:
+    return bool(_plain(section, name) != _default(section, name))
+
+
+def _plain(section: Section, name: str) -> Any:
+    return section.model_dump(by_alias=True)[name]
+
+
+def _default(section: Section, name: str) -> Any:
+    default = fields(type(section))[name].get_default(call_default_factory=True)
+    return default.model_dump(by_alias=True) if isinstance(default, Section) else default
+
+
+def _rows_of(source: Source, role: str) -> tuple[str, str | None, str]:
+    """What tells one source's rows from another's. A file has no splits, a hub data set's depends on its use."""
+    if FILE.fullmatch(source.path):
+        return posixpath.normpath(source.path), None, ""
+    return source.path, source.name, source.split or role

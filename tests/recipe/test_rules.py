@@ -1,0 +1,148 @@
+"""Keys that make no sense together: each rule refuses, at the offending key, and lets its neighbours pass."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from qlora_cli.errors import UserErrors
+from qlora_cli.recipe import Recipe, dump_recipe, load_recipe
+from qlora_cli.recipe.load import check
+from qlora_cli.recipe.located_yaml import Located, parse_yaml
+from qlora_cli.recipe.rules import RULES, broken_rules
+
+BROKEN = [
+    ("data: {source_max_length: 16}", "data.source_max_length", "`source_max_length: 16` without `target_max_length`"),
+    ("data: {target_max_length: 16}", "data.target_max_length", "`target_max_length: 16` without `source_max_length`"),
+    (
+        "data: {source_max_length: 16, target_max_length: 512, max_length: 100}",
+        "data.max_length",
+        "`max_length: 100` beside `source_max_length` and `target_max_length`",
+    ),
+    (
+        "quantization: {data_type: int8, double_quant: false}",
+        "quantization.double_quant",
+        "`double_quant: false` has no effect with `data_type: int8`",
+    ),
+    (
+        "quantization: {data_type: none, block_size: 128}",
+        "quantization.block_size",
+        "`block_size: 128` has no effect with `data_type: none`",
+    ),
+    (
+        "quantization: {outlier_threshold: 0}",
+        "quantization.outlier_threshold",
+        "`outlier_threshold: 0.0` has no effect with `data_type: nf4`",
+    ),
+    ("adapter: {from: run/adapter, r: 8}", "adapter.r", "`r: 8` beside `from: run/adapter`"),
+    ("adapter: {from: run/adapter, use_dora: true}", "adapter.use_dora", "`use_dora: true` beside `from: run/adapter`"),
+    ("adapter: {from: a, target_modules: [q_proj]}", "adapter.target_modules", "`target_modules: ['q_proj']` beside"),
+    ("adapter: {from: a, loftq: {iterations: 2}}", "adapter.loftq", "`loftq: {iterations: 2}` beside `from: a`"),
+    (
+        "adapter: {layers: [0], target_modules: '.*q_proj'}",
+        "adapter.layers",
+        "`layers` beside the expression `target_modules: .*q_proj`",
+    ),
+    (
+        "adapter: {loftq: {iterations: 1}}",
+        "adapter.loftq.iterations",
+        "`iterations: 1` has no effect with `init: default`",
+    ),
+    (
+        "training: {warmup_steps: 0, warmup_ratio: 0.1}",
+        "training.warmup_ratio",
+        "`warmup_ratio: 0.1` beside `warmup_steps: 0`",
+    ),
+    (
+        "training: {lr_scheduler: constant, min_lr_ratio: 0.1}",
+        "training.min_lr_ratio",
+        "`min_lr_ratio: 0.1` has no effect with `lr_scheduler: constant`",
+    ),
+    ("data: {eval: [{path: e.jsonl}], eval_fraction: 0.1}", "data.eval_fraction", "`eval_fraction: 0.1` beside `eval`"),
+    (
+        "data: {eval: [{path: e.jsonl}, {path: ./rows.jsonl, split: x}]}",
+        "data.eval[1].path",
+        "'./rows.jsonl' is held out here and trained on in `data.train[0]`",
+    ),
+    (
+        "data: {train: [{path: org/set}], eval: [{path: org/set, split: train}]}",
+        "data.eval[0].path",
+        "'org/set' is held out here and trained on in `data.train[0]`",
+    ),
+]
+
+SOUND = [
+    "data: {source_max_length: 16, target_max_length: 512}",
+    "data: {source_max_length: 16, target_max_length: 512, max_length: 2048}",
+    "data: {train: [{path: org/set}], eval: [{path: org/set}]}",
+    "data: {train: [{path: org/set, name: a}], eval: [{path: org/set, name: b, split: train}]}",
+    "data: {train: [{path: a.jsonl}, {path: a.jsonl}], eval: [{path: b.jsonl}]}",
+    "quantization: {data_type: int8, outlier_threshold: 0}",
+    "quantization: {data_type: int8, double_quant: true, compute_dtype: float32}",
+    "quantization: {double_quant: false}",
+    "adapter: {use_dora: true, r: 8}",
+    "adapter: {from: run/adapter}",
+    "adapter: {layers: [0, 1], target_modules: all-linear}",
+    "adapter: {layers: [0, 1], target_modules: [q_proj]}",
+    "adapter: {init: loftq, loftq: {iterations: 1}}",
+    "training: {max_steps: 10, epochs: 1}",
+    "training: {warmup_steps: 10, warmup_ratio: 0.03}",
+    "training: {lr_scheduler: linear, min_lr_ratio: 0.1}",
+]
+
+
+def recipe_of(text: str) -> Recipe:
+    values, _ = parse_yaml(text, Located("test"))
+    values.setdefault("model", {"name_or_path": "base"})
+    values.setdefault("data", {}).setdefault("train", [{"path": "rows.jsonl"}])
+    recipe, _ = check(values)
+    assert recipe is not None, text
+    return recipe
+
+
+@pytest.mark.parametrize(("text", "where", "what"), BROKEN)
+def test_a_combination_without_sense_is_refused_at_its_key(text: str, where: str, what: str):
+    problems = list(broken_rules(recipe_of(text)))
+    assert len(problems) == 1
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in problems[0].path)
+    assert path == f".{where}"
+    assert problems[0].what.startswith(what)
+    assert problems[0].todo
+
+
+@pytest.mark.parametrize("text", SOUND)
+def test_what_makes_sense_passes(text: str):
+    assert not list(broken_rules(recipe_of(text)))
+
+
+def test_every_rule_is_broken_by_one_of_these_and_documented():
+    for rule in RULES:
+        assert rule.__doc__, rule.__name__
+        assert any(list(rule(recipe_of(text))) for text, _, _ in BROKEN), rule.__name__
+
+
+@pytest.mark.parametrize("text", [text for text in SOUND if "init: loftq" not in text])
+def test_no_rule_is_broken_by_writing_the_defaults_out(text: str, tmp_path: Path):
+    """resolved.yaml has every key in it."""
+    path = tmp_path / "resolved.yaml"
+    path.write_text(dump_recipe(recipe_of(text)))
+    assert load_recipe(path) == recipe_of(text)
+
+
+def test_the_problem_points_at_the_line_of_the_key(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "model: {name_or_path: b}\ndata: {train: [{path: x}]}\ntraining:\n  warmup_steps: 5\n  warmup_ratio: 0.5\n"
+    )
+    with pytest.raises(UserErrors, match=r"r.yaml:5:3: `warmup_ratio: 0.5` beside .* Keep one of the two\."):
+        load_recipe(path)
+
+
+def test_a_rule_says_nothing_of_a_value_that_is_already_refused(tmp_path: Path):
+    path = tmp_path / "r.yaml"
+    path.write_text("model: {name_or_path: b}\ndata: {train: [{path: x}]}\nadapter: {loftq: {iterations: 1}}\n")
+    with pytest.raises(UserErrors) as caught:
+        load_recipe(path)
+    assert len(caught.value.problems) == 1
+    assert "not available yet" in caught.value.what

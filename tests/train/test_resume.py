@@ -1,0 +1,178 @@
+"""A run that was stopped and continued ends in the adapter of the run that was never stopped, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+from qlora_cli import commands
+from qlora_cli.display import QuietReport
+from qlora_cli.errors import UserError
+from qlora_cli.recipe import dump_recipe
+from qlora_cli.train.checkpoint import checkpoints
+
+HARD = {
+    "quantization": {"data_type": "nf4", "compute_dtype": "auto"},
+    "adapter": {"dropout": 0.05},
+    "training": {"max_steps": 9, "gradient_accumulation_steps": 2, "save_steps": 2, "optimizer": "paged_adamw_8bit"},
+}
+"""NF4, dropout, accumulation, three epochs of three steps, 8-bit optimizer state."""
+
+
+def train(recipe: Any, **how: Any) -> Path:
+    settings = {"main_process": True, "resume": "auto", "pause_at": None} | how
+    return commands.train(recipe, b"", QuietReport(), **settings)
+
+
+def losses(run: Path) -> list[float]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def check_equal(one: Path, other: Path) -> None:
+    first, second = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (one, other))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    assert losses(one) == losses(other)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_model, rows_file) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    train(hard_recipe(tiny_model, rows_file, folder))
+    return folder
+
+
+def hard_recipe(tiny_model: Path, rows_file: Path, folder: Path, **training: Any) -> Any:
+    from qlora_cli.recipe import Recipe
+
+    return Recipe.model_validate(
+        {
+            "model": {"name_or_path": str(tiny_model)},
+            "quantization": HARD["quantization"],
+            "adapter": {"r": 32, **HARD["adapter"]},
+            "data": {"train": [{"path": str(rows_file)}], "eval": [{"path": str(rows_file.with_name("heldout.jsonl"))}]},
+            "training": {
+                "micro_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "eval_steps": 2, **HARD["training"],
+                **training,
+            },
+            "output_dir": str(folder),
+        }
+    )
+
+
+@pytest.mark.parametrize("pauses", [[1], [4], [2, 5, 8]])
+def test_paused_and_continued_equals_uninterrupted(uninterrupted, tiny_model, rows_file, tmp_path, pauses):
+    recipe = hard_recipe(tiny_model, rows_file, tmp_path)
+    for step in pauses:
+        train(recipe, pause_at=step)
+        assert not (tmp_path / "adapter").exists()
+    train(recipe)
+    check_equal(tmp_path, uninterrupted)
+
+
+SLOW_STEPS = """
+import sys, time
+from qlora_cli.train import loop
+take = loop.take_step
+def slow(session, window):
+    take(session, window)
+    print("step", session.step, flush=True)
+    time.sleep(0.5)
+loop.take_step = slow
+from qlora_cli.cli import main
+sys.argv = ["qlora", "train", sys.argv[1]]
+main()
+"""
+
+
+def start(recipe: Any, tmp_path: Path) -> subprocess.Popen[str]:
+    """`qlora train` in a process of its own, slowed down so that a signal meets the step that it is meant for."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(dump_recipe(recipe))
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW_STEPS, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2)))},
+    )
+
+
+def wait_for(process: subprocess.Popen[str], line: str) -> None:
+    for printed in process.stdout:
+        if printed.strip() == line:
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def test_killed_and_continued_equals_uninterrupted(uninterrupted, tiny_model, rows_file, tmp_path):
+    run = tmp_path / "run"
+    recipe = hard_recipe(tiny_model, rows_file, run)
+    process = start(recipe, tmp_path)
+    wait_for(process, "step 5")
+    process.kill()
+    process.wait()
+    assert [path.name for path in checkpoints(run / "checkpoints")] == ["step-000002", "step-000004"]
+    train(recipe)
+    check_equal(run, uninterrupted)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_finishes_the_step_saves_and_says_so(tiny_model, rows_file, tmp_path, number, code):
+    run = tmp_path / "run"
+    process = start(hard_recipe(tiny_model, rows_file, run, save_steps=100), tmp_path)
+    wait_for(process, "step 3")
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert "finishing this step and saving" in told
+    assert "Traceback" not in told
+    assert [path.name for path in checkpoints(run / "checkpoints")] in (["step-000003"], ["step-000004"])
+
+
+def test_a_finished_run_is_left_alone(uninterrupted, tiny_model, rows_file):
+    before = (uninterrupted / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    started = time.perf_counter()
+    train(hard_recipe(tiny_model, rows_file, uninterrupted))
+    assert time.perf_counter() - started < 5
+    assert (uninterrupted / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_only_the_newest_checkpoints_are_kept(uninterrupted):
+    assert [path.name for path in checkpoints(uninterrupted / "checkpoints")] == [
+        "step-000006", "step-000008", "step-000009",
+    ]
+
+
+def test_changed_data_is_refused_on_resume(tiny_model, rows_file, tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(rows_file.read_text())
+    rows.with_name("heldout.jsonl").write_text(rows_file.with_name("heldout.jsonl").read_text())
+    recipe = hard_recipe(tiny_model, rows, tmp_path / "run")
+    train(recipe, pause_at=2)
+    rows.write_text(rows_file.read_text().replace("batman", "robin"))
+    with pytest.raises(UserError, match="the training data has changed since this run began"):
+        train(recipe)
+
+
+def test_resume_from_a_named_checkpoint(uninterrupted, tiny_model, rows_file, tmp_path):
+    recipe = hard_recipe(tiny_model, rows_file, tmp_path)
+    train(recipe, resume=str(uninterrupted / "checkpoints" / "step-000006"))
+    first, second = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (tmp_path, uninterrupted))
+    assert all(first[name].equal(second[name]) for name in first)
+    with pytest.raises(UserError, match=r"--resume .*nowhere: manifest\.json cannot be read"):
+        train(hard_recipe(tiny_model, rows_file, tmp_path / "other"), resume=str(tmp_path / "nowhere"))
+
+
+def test_a_checkpoint_of_two_processes_is_not_continued_by_one(tiny_model, rows_file, tmp_path, uninterrupted):
+    from qlora_cli.train.checkpoint import load_checkpoint
+
+    with pytest.raises(UserError, match="written by 1 processes, continued by 2: the global batch would differ"):
+        load_checkpoint(uninterrupted / "checkpoints" / "step-000006", None, None, processes=2)
