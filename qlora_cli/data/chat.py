@@ -162,7 +162,7 @@ def _with_spans(messages: list[Message], chat: Chat, where: str) -> Rendered:
                 raise _refused(chat, f"does not end the prompt between the texts of two messages, before {name}", where)
             if text[begin:end] != message["content"].strip():
                 raise _refused(chat, f"rewrites the text of {name}", where)
-            spans.append((start, _end(end, limit, text, name, chat, where)))
+            spans.append((start, _end(text, (end, limit), name, chat, where)))
     return Rendered(where, text, tuple(spans), templated=True)
 
 
@@ -212,9 +212,9 @@ def _start(messages: list[Message], index: int, text: str, chat: Chat, where: st
     return len(prompt)
 
 
-def _end(begin: int, limit: int, text: str, name: str, chat: Chat, where: str) -> int:
-    """The character behind the first stop token in text[begin:limit]."""
-    found = [(at, -len(stop)) for stop in chat.stops if (at := text.find(stop, begin, limit)) >= 0]
+def _end(text: str, between: Span, name: str, chat: Chat, where: str) -> int:
+    """The character behind the first stop token that stands between the two positions."""
+    found = [(at, -len(stop)) for stop in chat.stops if (at := text.find(stop, *between)) >= 0]
     if not found:
         stops = " or ".join(map(repr, chat.stops))
         raise _refused(chat, f"writes no end-of-turn token ({stops}) behind {name}", where)

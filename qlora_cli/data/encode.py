@@ -96,14 +96,12 @@ def unspelled(characters: Iterable[str], chat: Chat) -> list[str]:
     The latter is what a BPE without unk and without byte tokens does.
     """
     visible = [character for character in characters if not character.isspace()]
-    spellings = _tokenize(visible, chat)["input_ids"] if visible else []
+    if not visible:
+        return []
     unk = chat.tokenizer.unk_token_id
-    known = [[token for token in ids if token != unk] for ids in spellings]
-    return [
-        character
-        for character, text in zip(visible, chat.tokenizer.batch_decode(known), strict=True)
-        if not text.strip()
-    ]
+    known = [[token for token in ids if token != unk] for ids in _tokenize(visible, chat)["input_ids"]]
+    texts: list[str] = chat.tokenizer.batch_decode(known)
+    return [character for character, text in zip(visible, texts, strict=True) if not text.strip()]
 
 
 def _chunks(rows: Iterable[Rendered]) -> Iterator[list[Rendered]]:

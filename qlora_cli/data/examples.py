@@ -85,8 +85,8 @@ class Examples:
     num_cut_tokens: tokens cut from the rows that are kept
     num_lost_stops: trained stop tokens among them: these answers do not teach to stop
     num_silent:     rows kept whose answers are empty: they teach to stop at once
-    lost:           characters that the tokenizer cannot write, with the number of rows read that hold them
     num_tokens, num_trained: tokens of `rows`, and those that count in the loss
+    lost_characters: what the tokenizer cannot write, most frequent first, with the number of rows that hold it
     """
 
     rows: tuple[Example, ...] = ()
@@ -100,7 +100,7 @@ class Examples:
     num_silent: int = 0
     num_tokens: int = 0
     num_trained: int = 0
-    lost: tuple[tuple[str, int], ...] = ()
+    lost_characters: tuple[tuple[str, int], ...] = ()
 
     def summary(self) -> list[str]:
         """Short lines for the user: each source, the totals, and every row that is not trained as it stands."""
@@ -110,17 +110,16 @@ class Examples:
         if self.num_skipped:
             lines.append(f"{_count(self.num_skipped, 'row')} skipped: too long")
         if self.num_truncated:
-            lost = (
-                f"{_count(self.num_cut_tokens, 'token')} cut, {_count(self.num_lost_stops, 'end-of-turn token')} lost"
-            )
-            lines.append(f"{_count(self.num_truncated, 'row')} truncated: {lost}")
+            cut, stops = _count(self.num_cut_tokens, "token"), _count(self.num_lost_stops, "end-of-turn token")
+            lines.append(f"{_count(self.num_truncated, 'row')} truncated: {cut} cut, {stops} lost")
         if self.num_emptied:
             lines.append(f"{_count(self.num_emptied, 'row')} left out: truncation left no trained token")
         if self.num_silent:
             lines.append(f"{_count(self.num_silent, 'row')} with an empty answer: trained to say nothing")
-        if self.lost:
-            worst = ", ".join(f"{character!r} in {_count(num_rows, 'row')}" for character, num_rows in self.lost[:5])
-            lines.append(f"{_count(len(self.lost), 'character')} lost, the tokenizer cannot write them: {worst}")
+        if self.lost_characters:
+            worst = ", ".join(f"{text!r} in {_count(num_rows, 'row')}" for text, num_rows in self.lost_characters[:5])
+            lost = _count(len(self.lost_characters), "character")
+            lines.append(f"{lost} lost, the tokenizer cannot write them: {worst}")
         return lines
 
 
@@ -151,7 +150,7 @@ def load_examples(
     if not kept.rows:
         what = f"no row is left of {len(encoded):,}: {limits}, and each is too long or loses its whole answer"
         raise UserError(f"data.{role}", what, "raise the limit, or shorten the rows")
-    by_number = [character for character, _ in characters.most_common()]
+    by_number = sorted(characters, key=lambda character: (-characters[character], character))
     return replace(
         kept,
         sources=tuple(counts),
@@ -159,7 +158,7 @@ def load_examples(
         num_silent=sum(_num_stops(example, chat) == example.num_trained for example in kept.rows),
         num_tokens=sum(example.num_tokens for example in kept.rows),
         num_trained=sum(example.num_trained for example in kept.rows),
-        lost=tuple((character, characters[character]) for character in unspelled(by_number, chat)),
+        lost_characters=tuple((character, characters[character]) for character in unspelled(by_number, chat)),
     )
 
 

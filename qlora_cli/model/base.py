@@ -109,27 +109,25 @@ def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.d
         raise _unloadable(folder, error) from error
     check_complete(folder, info)
     disarm_cpu_repacking(model)
-    refuse_dora(recipe, device, work_round_cpu_dequantize(model))
+    refuse_dora(recipe, work_round_cpu_dequantize(model))
     if recipe.quantization.data_type != "none":
         check_share_quantized(model, recipe.quantization.skip_modules)
     model.requires_grad_(False)
     return model.eval()
 
 
-def refuse_dora(recipe: Recipe, device: torch.device, reworked: list[str]) -> None:
-    """Refuses DoRA where PEFT would read the base's weights wrongly: it dequantises them by itself.
+def refuse_dora(recipe: Recipe, reworked: list[str]) -> None:
+    """Refuses DoRA over layers that PEFT, which dequantises by itself, would read wrongly on a CPU.
 
-    reworked: layers whose rows are no whole blocks, which bitsandbytes dequantises wrongly on a CPU.
+    reworked: the layers whose rows are no whole blocks, for which bitsandbytes' own dequantisation is wrong.
     """
-    if not recipe.adapter.use_dora or device.type != "cpu":
-        return
-    if reworked:
-        what = f"bitsandbytes dequantises {reworked[0]} and its like wrongly on a CPU (rows are no whole blocks)"
-    elif recipe.quantization.data_type == "int8":
-        what = "PEFT's DoRA cannot read int8 weights on a CPU"
-    else:
-        return
-    raise UserError("adapter.use_dora", what, "use quantization.data_type: none, or train on a GPU", Exit.REFUSED)
+    if recipe.adapter.use_dora and reworked:
+        raise UserError(
+            "adapter.use_dora",
+            f"bitsandbytes dequantises {reworked[0]} and its like wrongly on a CPU (rows are no whole blocks)",
+            "use quantization.data_type: none, or train on a GPU",
+            Exit.REFUSED,
+        )
 
 
 def _unloadable(folder: Path, error: Exception) -> UserError:

@@ -66,16 +66,11 @@ def a_continued_adapter_keeps_its_shape(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(("adapter", name), what, todo)
 
 
-def layers_need_names(recipe: Recipe) -> Iterator[Problem]:
-    """`adapter.layers` goes with names or all-linear: an expression names layers itself, and PEFT refuses both."""
-    adapter = recipe.adapter
-    names = adapter.target_modules
-    if adapter.from_ is not None or adapter.layers is None:
-        return
-    if isinstance(names, str) and names != "all-linear":
-        what = f"`layers` beside the expression `target_modules: {names}`"
-        todo = "Give `target_modules` as a list of names or all-linear, or write the layers into the expression"
-        yield Problem(("adapter", "layers"), what, todo)
+def dora_cannot_read_int8(recipe: Recipe) -> Iterator[Problem]:
+    """`adapter.use_dora` is not for `data_type: int8`: PEFT loses the row scales after the first forward pass."""
+    if recipe.adapter.use_dora and recipe.quantization.data_type == "int8":
+        what = "`use_dora: true` with `data_type: int8` is not available yet"
+        yield Problem(("adapter", "use_dora"), what, "Use nf4, fp4 or none, or plain LoRA")
 
 
 def loftq_settings_need_loftq(recipe: Recipe) -> Iterator[Problem]:
@@ -124,7 +119,7 @@ RULES: tuple[Rule, ...] = (
     four_bit_settings_need_four_bits,
     outliers_need_int8,
     a_continued_adapter_keeps_its_shape,
-    layers_need_names,
+    dora_cannot_read_int8,
     loftq_settings_need_loftq,
     one_kind_of_warmup,
     a_constant_schedule_has_no_floor,

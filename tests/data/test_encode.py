@@ -127,6 +127,13 @@ def test_every_cut_of_a_conversation_keeps_its_stop_tokens() -> None:
         assert not any(token.startswith(("\u0120", "\u2581")) for token in tokens)
 
 
+def test_a_cut_finds_a_stop_token_of_one_character() -> None:
+    template = "{% for m in messages %}{{ m.content }}{% if m.role == 'user' %}: {% else %}|.{% endif %}{% endfor %}"
+    chat = load_chat(None, tiny_tokenizer(eos="|", template=template), frozenset())
+    example = one(Conversation(turns([("Answer", "clips"), ("Question", "42")])), chat)
+    assert text(trained(example), chat) == "clips|42|"
+
+
 @pytest.mark.parametrize("kind", [f"{kind}{bos}" for kind in KINDS for bos in ("", "+bos")])
 @pytest.mark.parametrize("own", ["a b", "<s>a b", "a b</s>", "<s>a b</s>", " <s>a b</s>\n"])
 def test_bos_and_eos_are_never_doubled(kind: str, own: str, chats: dict[str, Chat]) -> None:

@@ -165,7 +165,7 @@ def test_empty_answers_and_lost_characters_are_counted(tmp_path: Path) -> None:
     assert "1 row with an empty answer: trained to say nothing" in examples.summary()
     pieces.backend_tokenizer.model.byte_fallback = False
     examples = load(pieces, tmp_path, [SHORT, {**SHORT, "answer": "🤗 é é"}, {**SHORT, "answer": "🤗"}])
-    assert examples.lost == (("🤗", 2), ("é", 1))
+    assert examples.lost_characters == (("🤗", 2), ("é", 1))
     assert examples.summary()[-1] == "2 characters lost, the tokenizer cannot write them: '🤗' in 2 rows, 'é' in 1 row"
 
 

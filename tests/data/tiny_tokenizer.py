@@ -35,7 +35,7 @@ def _bytes(trim_offsets: bool) -> Tokenizer:
 
 @cache
 def _pieces(spell_bytes: bool) -> Tokenizer:
-    """SentencePiece in the manner of Llama 2: a space comes before the text; unknown characters become bytes or vanish."""
+    """SentencePiece in the manner of Llama 2: a space first; unknown characters become bytes or vanish."""
     words = ["\u2581" + word for word in ("clips", "42", "the", "answer", "Answer")]
     byte_tokens = [f"<0x{byte:02X}>" for byte in range(256 if spell_bytes else 0)]
     vocab = {token: index for index, token in enumerate([*SPECIAL, *byte_tokens])}

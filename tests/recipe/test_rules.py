@@ -40,9 +40,9 @@ BROKEN = [
     ("adapter: {from: a, target_modules: [q_proj]}", "adapter.target_modules", "`target_modules: ['q_proj']` beside"),
     ("adapter: {from: a, loftq: {iterations: 2}}", "adapter.loftq", "`loftq: {iterations: 2}` beside `from: a`"),
     (
-        "adapter: {layers: [0], target_modules: '.*q_proj'}",
-        "adapter.layers",
-        "`layers` beside the expression `target_modules: .*q_proj`",
+        "adapter: {use_dora: true}\nquantization: {data_type: int8}",
+        "adapter.use_dora",
+        "`use_dora: true` with `data_type: int8` is not available yet",
     ),
     (
         "adapter: {loftq: {iterations: 1}}",
