@@ -6,10 +6,8 @@ A command imports what it needs inside of itself: `qlora --help` loads neither p
 from __future__ import annotations
 
 import json
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -112,7 +110,8 @@ def train(
     recipe: RecipePath,
     overrides: Overrides = None,
     resume: Annotated[
-        str, typer.Option(help="auto: continue from the newest checkpoint; never: refuse a run with progress; or a PATH.")
+        str,
+        typer.Option(help="auto: continue from the newest checkpoint; never: refuse a run with progress; or a PATH."),
     ] = "auto",
     max_steps: Annotated[
         int | None,
@@ -183,7 +182,8 @@ def merge(
         typer.Option(help="Weights to add to: dequantized, which were trained on, or the original ones."),
     ] = "dequantized",
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Data type written: the run's compute dtype.")
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Data type written: the run's compute dtype."),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -220,6 +220,9 @@ def quiet_libraries(recipe: Recipe) -> None:
 
     What users must know of a library's behaviour, our own lines say.
     """
+    import logging
+    import warnings
+
     from qlora_cli.recipe.remote import names_something_remote
 
     if not names_something_remote(recipe):

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from qlora_cli.data.examples import Examples, load_examples
+from qlora_cli.data.sources import Role
 from qlora_cli.errors import UserError
 from qlora_cli.evaluate.generate import Answer, exact_match, generate_answers, prompt_and_reference
 from qlora_cli.evaluate.loss import held_out_loss
@@ -22,7 +23,7 @@ from qlora_cli.model.base import AUTO_CLASSES, Base, default_device, fingerprint
 from qlora_cli.recipe import Recipe
 from qlora_cli.train import loop
 from qlora_cli.train.run import Run, check_resume, claim, locked, read_facts, replace_text
-from qlora_cli.train.session import Report
+from qlora_cli.train.session import Report, say_base
 from qlora_cli.train.signals import Interrupted
 
 __all__ = ["Interrupted", "evaluate", "merge", "train"]
@@ -64,7 +65,7 @@ def evaluate(
     if not adapter.exists() and not baseline:
         raise UserError(adapter, "no adapter there", "run `qlora train`, or measure the base alone with --baseline")
     base = load_base(recipe, default_device())
-    report.say(f"base     {recipe.model.name_or_path}  {base.summary}")
+    say_base(report, recipe, base)
     say_if_another_base(run, base, report)
     examples = held_out(recipe, base, report)
     rows = list(islice(examples.rows, limit))
@@ -111,7 +112,11 @@ def samples(answers: dict[str, list[Answer]], count: int = 2) -> list[dict[str, 
     """The first prompts with the answer of each model."""
     first = next(iter(answers.values()))[:count]
     return [
-        {"prompt": one.prompt, "expected": one.expected, **{name: given[i].generated for name, given in answers.items()}}
+        {
+            "prompt": one.prompt,
+            "expected": one.expected,
+            **{name: given[i].generated for name, given in answers.items()},
+        }
         for i, one in enumerate(first)
     ]
 
@@ -143,7 +148,7 @@ def merge(
     onto: Literal["dequantized", "original"],
     dtype: str | None,
 ) -> dict[str, Any]:
-    """Folds the adapter of the run in `folder` into the weights, and measures how far the result is from the unmerged model.
+    """Folds the adapter of the run in `folder` into the weights, and measures how far that is from the unmerged model.
 
     One model is in memory at a time. The measurement is returned, and stored as merge.json in the merged folder.
     """
@@ -193,7 +198,8 @@ def measure_unmerged(recipe: Recipe, run: Run, report: Report) -> Unmerged:
     """Logits of base + adapter over the first 16 held-out rows, or training rows where there are none."""
     base = load_base(recipe, default_device())
     say_if_another_base(run, base, report)
-    sources, role = (recipe.data.eval, "eval") if recipe.data.eval else (recipe.data.train, "train")
+    role: Role = "eval" if recipe.data.eval else "train"
+    sources = {"eval": recipe.data.eval, "train": recipe.data.train}[role]
     examples = load_examples(sources, recipe.data, base.tokenizer, base.stop_token_ids, role)
     rows = [row.input_ids for row in examples.rows[:16]]
     model = load_adapter(base, run.adapter)

@@ -140,7 +140,10 @@ def print_merge(result: dict[str, Any]) -> None:
     """What a merge wrote, and how far it is from the unmerged model."""
     console = Console(highlight=False)
     difference = result["difference"]
-    console.print(f"merged   {result['out']}  ({result['dtype']}, onto the {result['base']} base, {result['seconds']:.1f} s)", soft_wrap=True)
+    console.print(
+        f"merged   {result['out']}  ({result['dtype']}, onto the {result['base']} base, {result['seconds']:.1f} s)",
+        soft_wrap=True,
+    )
     console.print(
         f"against the unmerged model over {difference['positions']} positions: largest logit difference "
         f"{difference['max_abs']:.2e}, mean KL {difference['mean_kl']:.2e} nats, "

@@ -66,8 +66,13 @@ def make_recipe(tiny_model: Path, rows_file: Path, tmp_path: Path) -> Callable[.
             "adapter": {"r": 4, "alpha": 8},
             "data": {"train": [{"path": str(rows_file)}], "max_length": 256},
             "training": {
-                "max_steps": 6, "micro_batch_size": 2, "gradient_accumulation_steps": 2, "optimizer": "adamw",
-                "learning_rate": 1e-2, "logging_steps": 1, "seed": 7,
+                "max_steps": 6,
+                "micro_batch_size": 2,
+                "gradient_accumulation_steps": 2,
+                "optimizer": "adamw",
+                "learning_rate": 1e-2,
+                "logging_steps": 1,
+                "seed": 7,
             },
             "output_dir": str(tmp_path / "run"),
         }

@@ -52,7 +52,11 @@ def batches_of_one_length(examples: Sequence[Example], size: int) -> Iterator[li
 
 @torch.no_grad()
 def generate_answers(
-    base: Base, model: Any, examples: Sequence[Example], batch_size: int, max_new_tokens: int,
+    base: Base,
+    model: Any,
+    examples: Sequence[Example],
+    batch_size: int,
+    max_new_tokens: int,
     on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[Answer]:
     """Greedy answers to every example that has a prompt; decoding ends at a stop token of the base."""
@@ -78,7 +82,12 @@ def generate_answers(
             )
         for example, (prompt, reference), tokens in zip(batch, pairs, output.tolist(), strict=True):
             answers.append(
-                Answer(example.where, _text(base, prompt, skip=False), _text(base, reference), _text(base, _until_stop(base, tokens[len(prompt):])))
+                Answer(
+                    example.where,
+                    _text(base, prompt, skip=False),
+                    _text(base, reference),
+                    _text(base, _until_stop(base, tokens[len(prompt) :])),
+                )
             )
         on_batch(len(answers))
     model.train(training)

@@ -63,7 +63,9 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
         model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable, config=config)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(folder, f"the adapter does not fit this base: {reason}", "use the base it was trained on") from error
+        raise UserError(
+            folder, f"the adapter does not fit this base: {reason}", "use the base it was trained on"
+        ) from error
     expected = set(peft.get_peft_model_state_dict(model, save_embedding_layers=False))
     if names != expected:
         odd = sorted(names ^ expected)
@@ -184,8 +186,11 @@ def check_patterns(model: Any, adapter: Adapter) -> None:
 def refuse_tied(model: Any, names: list[str]) -> None:
     """Refuses to train one side of a tied embedding and head: the two would drift apart in silence."""
     tied = getattr(model.config, "tie_word_embeddings", False)
-    heads = {name for name, module in model.named_modules()
-             if module is model.get_output_embeddings() or module is model.get_input_embeddings()}
+    heads = {
+        name
+        for name, module in model.named_modules()
+        if module is model.get_output_embeddings() or module is model.get_input_embeddings()
+    }
     for name in names:
         if tied and any(_is_suffix(name, head) for head in heads):
             raise UserError(

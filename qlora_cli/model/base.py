@@ -33,6 +33,10 @@ SHARE_QUANTIZED = 0.9
 """At least this share of the weights that should be quantised must be, or loading is an error."""
 
 
+INT8_ON_CPU = "on a CPU bitsandbytes trains int8 weights with unquantised activations, and evaluates with int8 ones"
+"""What a user has to know, since what is measured is not quite what was trained (bitsandbytes 0.50.2)."""
+
+
 @dataclass(frozen=True)
 class Base:
     """A frozen base model and what belongs to it."""
@@ -43,6 +47,7 @@ class Base:
     compute_dtype: torch.dtype
     stop_token_ids: frozenset[int]
     summary: str
+    note: str = ""
 
     @property
     def device(self) -> torch.device:
@@ -81,7 +86,8 @@ def load_base(recipe: Recipe, device: torch.device) -> Base:
     tokenizer = load_tokenizer(folder, recipe.model)
     model = load_model(recipe, folder, dtype, device)
     check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], folder)
-    return Base(model, tokenizer, folder, dtype, stop_token_ids(folder, tokenizer), bytes_by_type(model))
+    note = INT8_ON_CPU if recipe.quantization.data_type == "int8" and device.type == "cpu" else ""
+    return Base(model, tokenizer, folder, dtype, stop_token_ids(folder, tokenizer), bytes_by_type(model), note)
 
 
 def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
@@ -108,6 +114,7 @@ def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.d
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise _unloadable(folder, error) from error
     check_complete(folder, info)
+    check_skipped(model, recipe.quantization.skip_modules)
     disarm_cpu_repacking(model)
     refuse_dora(recipe, work_round_cpu_dequantize(model))
     if recipe.quantization.data_type != "none":
@@ -132,6 +139,13 @@ def refuse_dora(recipe: Recipe, reworked: list[str]) -> None:
 
 def _unloadable(folder: Path, error: Exception) -> UserError:
     lines = str(error).strip().splitlines() or [type(error).__name__]
+    if "trust_remote_code" in str(error):
+        return UserError(
+            folder,
+            "the model needs Python code that comes with it",
+            "set model.trust_remote_code: true if you trust its source",
+            Exit.REFUSED,
+        )
     return UserError(
         folder,
         f"transformers cannot load this model: {lines[0]}",
@@ -162,8 +176,10 @@ def quiet_loading() -> Iterator[None]:
 def check_complete(folder: Path, info: dict[str, Any]) -> None:
     """Refuses a load that left weights random or of another shape."""
     absent = sorted(info["missing_keys"])
-    odd = [f"{name}: {tuple(found)} in the file, {tuple(wanted)} in the model" for name, found, wanted in
-           sorted(info["mismatched_keys"], key=str)]
+    odd = [
+        f"{name}: {tuple(found)} in the file, {tuple(wanted)} in the model"
+        for name, found, wanted in sorted(info["mismatched_keys"], key=str)
+    ]
     if not absent and not odd:
         return
     named = ", ".join((odd + absent)[:5])
@@ -172,6 +188,19 @@ def check_complete(folder: Path, info: dict[str, Any]) -> None:
         f"{len(absent) + len(odd)} weights would be random, not pretrained: {named}",
         "complete the checkpoint, or check that config.json belongs to it",
     )
+
+
+def check_skipped(model: nn.Module, skip_modules: list[str] | str) -> None:
+    """Refuses a name in `skip_modules` that matches no module; lm_head may, since not every model has one."""
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    names = [name for name, _ in model.named_modules() if name]
+    for entry in [skip_modules] if isinstance(skip_modules, str) else skip_modules:
+        if entry != "lm_head" and all(should_convert_module(name, [entry]) for name in names):
+            known = sorted({name.rsplit(".", 1)[-1] for name in names if not name[-1].isdigit()})
+            raise UserError(
+                "quantization.skip_modules", f"{entry!r} matches no module", f"choose from {', '.join(known)}"
+            )
 
 
 def check_share_quantized(model: nn.Module, skip_modules: list[str] | str) -> None:
@@ -227,5 +256,5 @@ def fingerprint(model: nn.Module) -> str:
     for kind, tensor in stored_tensors(model):
         total.update(kind.encode())
         data = tensor.detach().contiguous().flatten().view(torch.uint8).cpu()
-        total.update(memoryview(data.numpy()))
+        total.update(data.numpy().data)
     return total.hexdigest()

@@ -25,6 +25,12 @@ def locate(model: Model) -> Path:
         if model.name_or_path.startswith((".", "/", "~")) or model.name_or_path.count("/") > 1:
             raise UserError(folder, "no such folder", "set model.name_or_path to a model folder or a hub id")
         folder = download(model)
+    elif model.revision is not None:
+        raise UserError(
+            "model.revision",
+            f"{model.revision!r} is set, but {folder} is a folder, which has no revisions",
+            "remove it: it belongs to hub models",
+        )
     check_folder(folder)
     return folder
 
@@ -32,7 +38,7 @@ def locate(model: Model) -> Path:
 def download(model: Model) -> Path:
     """The local snapshot of a hub model, downloaded where it is not in the cache."""
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     patterns = [*DOWNLOADED, "*.py"] if model.trust_remote_code else DOWNLOADED
     try:
@@ -68,7 +74,9 @@ def check_folder(folder: Path) -> None:
             "use a safetensors checkpoint of the same model",
             Exit.REFUSED,
         )
-    raise UserError(folder, "no *.safetensors weights in the model folder", "finish the download or name another folder")
+    raise UserError(
+        folder, "no *.safetensors weights in the model folder", "finish the download or name another folder"
+    )
 
 
 def check_header(shard: Path) -> None:

@@ -43,7 +43,7 @@ def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) 
     )
 
 
-def quantized_modules(model: nn.Module) -> dict[str, nn.Module]:
+def quantized_modules(model: nn.Module) -> dict[str, Any]:
     """bitsandbytes' layers of the model by their full name; an adapter around them does not change the name."""
     import bitsandbytes as bnb
 

@@ -48,6 +48,12 @@ def four_bit_settings_need_four_bits(recipe: Recipe) -> Iterator[Problem]:
             yield from _no_effect(recipe, "quantization", name, f"with `data_type: {recipe.quantization.data_type}`")
 
 
+def nothing_is_skipped_where_nothing_is_quantised(recipe: Recipe) -> Iterator[Problem]:
+    """`quantization.skip_modules` needs a data type to skip."""
+    if recipe.quantization.data_type == "none":
+        yield from _no_effect(recipe, "quantization", "skip_modules", "with `data_type: none`")
+
+
 def outliers_need_int8(recipe: Recipe) -> Iterator[Problem]:
     """`quantization.outlier_threshold` is for `data_type: int8` alone."""
     if recipe.quantization.data_type != "int8":
@@ -117,6 +123,7 @@ RULES: tuple[Rule, ...] = (
     length_limits_come_in_pairs,
     one_kind_of_length_limit,
     four_bit_settings_need_four_bits,
+    nothing_is_skipped_where_nothing_is_quantised,
     outliers_need_int8,
     a_continued_adapter_keeps_its_shape,
     dora_cannot_read_int8,

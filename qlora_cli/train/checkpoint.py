@@ -149,7 +149,10 @@ def newest_valid(folder: Path, say: Callable[[str], None]) -> Path | None:
         say(f"{checkpoint} is damaged ({reason}): set aside as {aside.name}")
     if found or any(folder.glob("step-*.broken*")):
         raise UserError(
-            folder, "every checkpoint is damaged", "restore one from a backup, or choose another output_dir", Exit.FAILED
+            folder,
+            "every checkpoint is damaged",
+            "restore one from a backup, or choose another output_dir",
+            Exit.FAILED,
         )
     return None
 

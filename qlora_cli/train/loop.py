@@ -24,7 +24,7 @@ from qlora_cli.train.run import Run, append_metrics
 from qlora_cli.train.schedules import lr_factor
 from qlora_cli.train.session import Report, Session, prepare, rows_per_step
 from qlora_cli.train.signals import Interrupted, asked_to_stop
-from qlora_cli.train.step import accumulate, clip, random_state, sum_over_processes
+from qlora_cli.train.step import accumulate, clip, deterministic_kernels, random_state, sum_over_processes
 
 
 def train(recipe: Recipe, run: Run, report: Report, *, pause_at: int | None = None, resume: str = "auto") -> Path:
@@ -33,29 +33,37 @@ def train(recipe: Recipe, run: Run, report: Report, *, pause_at: int | None = No
     pause_at: stop with a checkpoint after so many steps; the schedule stays that of the whole run.
     Raises UserError for what the user can mend and Interrupted after a signal, in both cases with progress saved.
     """
-    session = prepare(recipe, run, report, resume)
-    last_step = min(session.total_steps, pause_at or session.total_steps)
+    with deterministic_kernels(recipe.training.deterministic):
+        session = prepare(recipe, run, report, resume)
+        last_step = min(session.total_steps, pause_at or session.total_steps)
+        report.begin(session.step, session.total_steps)
+        try:
+            take_steps(session, last_step)
+        finally:
+            report.end()
+        if session.step == session.total_steps and session.accelerator.is_main_process:
+            publish_adapter(run.adapter, session.model, session.base, recipe, session.step)
+        session.accelerator.wait_for_everyone()
+        session.accelerator.end_training()
+    return run.adapter
+
+
+def take_steps(session: Session, last_step: int) -> None:
+    """Optimizer steps up to `last_step`, with what falls due between them: metrics, evaluations, checkpoints."""
+    training = session.recipe.training
     alone = session.accelerator.num_processes == 1
-    report.begin(session.step, session.total_steps)
-    with asked_to_stop(report.say) if alone else nullcontext(lambda: None) as stop_code:
+    with asked_to_stop(session.report.say) if alone else nullcontext(lambda: None) as stop_code:
         for window in windows_left(session, last_step):
             take_step(session, window)
-            if session.step % recipe.training.logging_steps == 0 or session.step == last_step:
+            last, code = session.step == last_step, stop_code()
+            if last or session.step % training.logging_steps == 0:
                 log_metrics(session, window)
-            if session.eval_set.rows and (session.step % recipe.training.eval_steps == 0 or session.step == last_step):
+            if session.eval_set.rows and (last or session.step % training.eval_steps == 0):
                 evaluate(session)
-            code = stop_code()
-            if session.step % recipe.training.save_steps == 0 or session.step == last_step or code:
+            if last or code or session.step % training.save_steps == 0:
                 save(session)
             if code:
-                report.end()
                 raise Interrupted(code)
-    report.end()
-    if session.step == session.total_steps and session.accelerator.is_main_process:
-        publish_adapter(run.adapter, session.model, session.base, recipe, session.step)
-    session.accelerator.wait_for_everyone()
-    session.accelerator.end_training()
-    return run.adapter
 
 
 def windows_left(session: Session, last_step: int) -> Iterator[Window]:
@@ -130,7 +138,9 @@ def evaluate(session: Session) -> None:
     started = time.perf_counter()
     size = session.recipe.evaluation.batch_size
     result = held_out_loss(
-        session.base, session.model, session.eval_set.rows,
+        session.base,
+        session.model,
+        session.eval_set.rows,
         session.recipe.training.micro_batch_size if size == "auto" else size,
     )
     tell(session, {"step": session.step, **{f"eval_{name}": value for name, value in asdict(result).items()}})

@@ -30,6 +30,15 @@ MAY_CHANGE = (
 """Keys that may differ when a run is continued: they do not touch what is learned."""
 
 
+TRAINED_ON = {
+    "base": "the base model",
+    "tokenizer": "the tokenizer",
+    "chat_template": "the chat template",
+    "data": "the training data",
+}
+"""Fingerprints in run.json that a continued run must share, and what they are of."""
+
+
 @dataclass(frozen=True)
 class Run:
     """A run folder and the places in it."""
@@ -144,7 +153,7 @@ def write_facts(run: Run, facts: dict[str, Any]) -> None:
     Raises UserError where the base or the data is no longer what the run began with.
     """
     if before := read_facts(run):
-        for name, what in (("base", "the base model"), ("data", "the training data"), ("tokenizer", "the tokenizer")):
+        for name, what in TRAINED_ON.items():
             if before["fingerprints"][name] != facts["fingerprints"][name] and checkpoints(run.checkpoints):
                 raise UserError(
                     run.facts,

@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
 from torch.optim import Optimizer
 
 from qlora_cli.data.examples import Examples, load_examples
@@ -57,9 +56,8 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     """Loads base, adapter, data and optimizer, and puts the run back to where it stopped."""
     training = recipe.training
     accelerator = build_accelerator(recipe, run)
-    torch.use_deterministic_algorithms(training.deterministic)
     base = load_base(recipe, accelerator.device)
-    report.say(f"base     {recipe.model.name_or_path}  {base.summary}")
+    say_base(report, recipe, base)
     base_digest = fingerprint(base.model)
     train_set = load_examples(recipe.data.train, recipe.data, base.tokenizer, base.stop_token_ids, "train")
     eval_set = load_examples(recipe.data.eval, recipe.data, base.tokenizer, base.stop_token_ids, "eval")
@@ -84,20 +82,31 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     return session
 
 
-def build_accelerator(recipe: Recipe, run: Run) -> Any:
-    """accelerate's view of devices, processes and trackers."""
-    from accelerate import Accelerator
+def say_base(report: Report, recipe: Recipe, base: Base) -> None:
+    """How many bytes of the base lie in which type, and what is odd about it on this device."""
+    report.say(f"base     {recipe.model.name_or_path}  {base.summary}")
+    if base.note:
+        report.say(f"note     {base.note}")
 
-    try:
-        accelerator = Accelerator(log_with=list(recipe.report_to) or None, project_dir=str(run.folder))
-        if recipe.report_to:
-            flat = {f"{s}.{k}": str(v) for s, part in recipe.model_dump().items() if isinstance(part, dict)
-                    for k, v in part.items()}
-            accelerator.init_trackers("qlora", config=flat)
-    except (ImportError, ValueError) as error:
+
+def build_accelerator(recipe: Recipe, run: Run) -> Any:
+    """accelerate's view of devices, processes and trackers.
+
+    Raises UserError (exit 4) for a tracker that is not installed, where accelerate would only warn.
+    """
+    from accelerate import Accelerator
+    from accelerate.tracking import get_available_trackers
+
+    installed = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
+    if absent := [name for name in recipe.report_to if name not in installed]:
         raise UserError(
-            "report_to", f"{list(recipe.report_to)}: {error}", "run `pip install 'qlora[track]'`", Exit.ENVIRONMENT
-        ) from error
+            "report_to", f"{', '.join(absent)} is not installed", "run `pip install 'qlora[track]'`", Exit.ENVIRONMENT
+        )
+    accelerator = Accelerator(log_with=list(recipe.report_to) or None, project_dir=str(run.folder))
+    if recipe.report_to:
+        sections = {name: part for name, part in recipe.model_dump(by_alias=True).items() if isinstance(part, dict)}
+        flat = {f"{name}.{key}": str(value) for name, part in sections.items() for key, value in part.items()}
+        accelerator.init_trackers("qlora", config=flat)
     return accelerator
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,6 +17,22 @@ from qlora_cli.tasks.causal_lm import Batch, token_loss_sum, trained_logits
 def seed_everything(seed: int) -> None:
     """Seeds torch's generators, CPU and CUDA: the adapter's start and dropout draw from no other."""
     torch.manual_seed(seed)
+
+
+@contextmanager
+def deterministic_kernels(wanted: bool) -> Iterator[None]:
+    """Only kernels that repeat to the last bit inside the block, where wanted; what was set before comes back after.
+
+    cuBLAS needs CUBLAS_WORKSPACE_CONFIG for it, which it reads when the GPU is first used.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted or before)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def accumulate(base: Base, model: Any, batches: Iterable[Batch], num_tokens: int) -> Tensor:
@@ -56,7 +74,7 @@ def sum_over_processes(accelerator: Any, parameters: Sequence[Tensor], loss: Ten
 
 
 def clip(parameters: Sequence[Tensor], max_grad_norm: float) -> Tensor:
-    """The gradient's global L2 norm before clipping, () float32; the gradient is scaled down to max_grad_norm if > 0."""
+    """The gradient's global L2 norm, () float32; the gradient is then scaled down to max_grad_norm, where > 0."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     if max_grad_norm > 0:
         torch.nn.utils.clip_grads_with_norm_(parameters, max_grad_norm, norm)

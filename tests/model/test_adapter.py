@@ -77,7 +77,10 @@ def test_the_head_may_be_named_where_it_is_not_tied(attach):
 @pytest.mark.parametrize(
     ("adapter", "message"),
     [
-        ({"target_modules": ["q_proj", "query"]}, r"target_modules: 'query' matches no module\. Choose from down_proj, g"),
+        (
+            {"target_modules": ["q_proj", "query"]},
+            r"target_modules: 'query' matches no module\. Choose from down_proj, g",
+        ),
         ({"target_modules": "query"}, r"'query' matches no module\. Choose from .*lm_head.*v_proj"),
         ({"target_modules": "q_proj("}, r"'q_proj\(' is no regular expression"),
         ({"layers": [5]}, r"adapter\.layers: no layer 5\. Choose from 0 to 1"),

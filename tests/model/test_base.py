@@ -64,6 +64,34 @@ def test_nothing_of_the_base_is_trainable(make_recipe):
     assert not any(p.requires_grad for p in load_base(make_recipe(), CPU).model.parameters())
 
 
+def test_a_skipped_name_that_matches_nothing_is_refused(make_recipe):
+    recipe = make_recipe(quantization={"skip_modules": ["lm_head", "nonsense"]})
+    with pytest.raises(
+        UserError, match=r"quantization\.skip_modules: 'nonsense' matches no module\. Choose from .*q_proj"
+    ):
+        load_base(recipe, CPU)
+    load_base(make_recipe(quantization={"skip_modules": []}), CPU)
+
+
+def test_a_revision_of_a_folder_is_refused(make_recipe, tiny_model):
+    recipe = make_recipe(model={"name_or_path": str(tiny_model), "revision": "main"})
+    with pytest.raises(UserError, match=r"model\.revision: 'main' is set, but .* is a folder"):
+        load_base(recipe, CPU)
+
+
+def test_a_model_with_its_own_code_says_what_to_set(make_recipe, tiny_model, tmp_path):
+    folder = broken_copy(tiny_model, tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "mine", "auto_map": {"AutoConfig": "mine.Mine", "AutoModelForCausalLM": "mine.MineLM"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    check_refused(make_recipe, folder, r"trust_remote_code: true if you trust its source", Exit.REFUSED)
+
+
+def test_int8_on_a_cpu_says_how_it_differs(make_recipe):
+    assert "evaluates with int8 ones" in load_base(make_recipe(quantization={"data_type": "int8"}), CPU).note
+    assert load_base(make_recipe(), CPU).note == ""
+
+
 def test_skip_modules_stay_in_full(make_recipe):
     base = load_base(make_recipe(quantization={"skip_modules": ["lm_head", "down_proj"]}), CPU)
     assert not any("down_proj" in name for name in quantized_modules(base.model))

@@ -31,6 +31,11 @@ BROKEN = [
         "`block_size: 128` has no effect with `data_type: none`",
     ),
     (
+        "quantization: {data_type: none, skip_modules: [v_proj]}",
+        "quantization.skip_modules",
+        "`skip_modules: ['v_proj']` has no effect with `data_type: none`",
+    ),
+    (
         "quantization: {outlier_threshold: 0}",
         "quantization.outlier_threshold",
         "`outlier_threshold: 0.0` has no effect with `data_type: nf4`",

@@ -35,7 +35,9 @@ def reference(model_folder: Path, rows_file: Path, order: list[list[int]]) -> tu
     lora = peft.LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM")
     model = peft.get_peft_model(base, lora).train()
     start = {name: t.clone() for name, t in peft.get_peft_model_state_dict(model).items()}
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
+    )
     rows = [json.loads(line)["messages"] for line in rows_file.read_text().splitlines()]
     losses = []
     for step in range(STEPS):

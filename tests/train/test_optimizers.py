@@ -9,7 +9,13 @@ import torch
 from safetensors.torch import load, save
 
 from qlora_cli.recipe import Training
-from qlora_cli.train.optimizers import OPTIMIZERS, build_optimizer, optimizer_state, restore_optimizer, set_learning_rate
+from qlora_cli.train.optimizers import (
+    OPTIMIZERS,
+    build_optimizer,
+    optimizer_state,
+    restore_optimizer,
+    set_learning_rate,
+)
 
 CPU = torch.device("cpu")
 

@@ -34,11 +34,13 @@ def test_two_processes_equal_one_with_the_same_global_batch(make_recipe, rows_fi
     settings = {"max_steps": 6, "save_steps": 4, "learning_rate": 5e-3}
     data = {"train": [{"path": str(rows_file)}], "eval": [{"path": str(heldout_file)}]}
     alone = make_recipe(
-        training={**settings, "micro_batch_size": 10, "gradient_accumulation_steps": 1}, data=data,
+        training={**settings, "micro_batch_size": 10, "gradient_accumulation_steps": 1},
+        data=data,
         output_dir=str(tmp_path / "one"),
     )
     pair = make_recipe(
-        training={**settings, "micro_batch_size": 5, "gradient_accumulation_steps": 1}, data=data,
+        training={**settings, "micro_batch_size": 5, "gradient_accumulation_steps": 1},
+        data=data,
         output_dir=str(tmp_path / "two"),
     )
     commands.train(alone, b"", QuietReport(), main_process=True, resume="auto", pause_at=None)

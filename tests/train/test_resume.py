@@ -60,9 +60,16 @@ def hard_recipe(tiny_model: Path, rows_file: Path, folder: Path, **training: Any
             "model": {"name_or_path": str(tiny_model)},
             "quantization": HARD["quantization"],
             "adapter": {"r": 32, **HARD["adapter"]},
-            "data": {"train": [{"path": str(rows_file)}], "eval": [{"path": str(rows_file.with_name("heldout.jsonl"))}]},
+            "data": {
+                "train": [{"path": str(rows_file)}],
+                "eval": [{"path": str(rows_file.with_name("heldout.jsonl"))}],
+            },
             "training": {
-                "micro_batch_size": 2, "learning_rate": 1e-2, "logging_steps": 1, "eval_steps": 2, **HARD["training"],
+                "micro_batch_size": 2,
+                "learning_rate": 1e-2,
+                "logging_steps": 1,
+                "eval_steps": 2,
+                **HARD["training"],
                 **training,
             },
             "output_dir": str(folder),
@@ -100,7 +107,10 @@ def start(recipe: Any, tmp_path: Path) -> subprocess.Popen[str]:
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
     return subprocess.Popen(
-        [sys.executable, "-c", SLOW_STEPS, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        [sys.executable, "-c", SLOW_STEPS, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
         env=os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 2)))},
     )
 
@@ -147,7 +157,9 @@ def test_a_finished_run_is_left_alone(uninterrupted, tiny_model, rows_file):
 
 def test_only_the_newest_checkpoints_are_kept(uninterrupted):
     assert [path.name for path in checkpoints(uninterrupted / "checkpoints")] == [
-        "step-000006", "step-000008", "step-000009",
+        "step-000006",
+        "step-000008",
+        "step-000009",
     ]
 
 

@@ -34,7 +34,10 @@ def test_a_second_process_is_refused_while_the_first_one_lives(tmp_path):
 def test_a_folder_that_cannot_be_written_is_an_error(tmp_path):
     file = tmp_path / "file"
     file.write_text("")
-    with pytest.raises(UserError, match=r"output_dir: .*cannot be written: Not a directory") as error, locked(file / "run"):
+    with (
+        pytest.raises(UserError, match=r"output_dir: .*cannot be written: Not a directory") as error,
+        locked(file / "run"),
+    ):
         pass
     assert error.value.code == Exit.FAILED
 
@@ -55,7 +58,9 @@ def test_a_folder_with_other_files_is_refused(tmp_path, make_recipe):
 
 def test_another_run_in_the_folder_is_refused_naming_the_keys(tmp_path, make_recipe):
     claim(Run(tmp_path), make_recipe(), b"first")
-    with pytest.raises(UserError, match=r"holds another run: adapter\.r is 4 there, 8 here; training\.seed is 7 there, 9"):
+    with pytest.raises(
+        UserError, match=r"holds another run: adapter\.r is 4 there, 8 here; training\.seed is 7 there, 9"
+    ):
         claim(Run(tmp_path), make_recipe(adapter={"r": 8}, training={"seed": 9}), b"second")
     assert (tmp_path / "recipe.yaml").read_bytes() == b"first"
 

@@ -32,7 +32,10 @@ def test_the_decay_is_that_of_transformers(name, warmup):
 
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = get_scheduler(
-        "constant_with_warmup" if name == "constant" else name, optimizer, num_warmup_steps=warmup, num_training_steps=50
+        "constant_with_warmup" if name == "constant" else name,
+        optimizer,
+        num_warmup_steps=warmup,
+        num_training_steps=50,
     )
     training = Training(lr_scheduler=name, warmup_steps=warmup)
     for step in range(50):

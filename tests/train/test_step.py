@@ -10,7 +10,15 @@ from qlora_cli.data.order import micro_batches, share_of
 from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import load_base
 from qlora_cli.tasks.causal_lm import collate
-from qlora_cli.train.step import accumulate, clip, random_state, restore_random_state, seed_everything, sum_over_processes
+from qlora_cli.train.step import (
+    accumulate,
+    clip,
+    deterministic_kernels,
+    random_state,
+    restore_random_state,
+    seed_everything,
+    sum_over_processes,
+)
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +79,7 @@ def test_unequal_splits_give_the_same_gradient(trained_once):
 
 def test_the_gradient_is_that_of_the_token_weighted_mean_in_float64(trained_once):
     """Independent reference: finite differences of the mean loss along the gradient."""
-    base, model, rows = trained_once
+    _base, model, rows = trained_once
     _, gradient = gradients(trained_once, micro_batches(list(range(12)), 5))
 
     def mean_loss() -> float:
@@ -112,7 +120,7 @@ class TwoProcesses:
 
 
 def test_the_shares_of_two_processes_add_up_even_when_one_is_empty(trained_once):
-    _, model, rows = trained_once
+    _, model, _rows = trained_once
     loss, whole = gradients(trained_once, [[4]])
     mine, other = share_of([4], 0, 2), share_of([4], 1, 2)
     assert (mine, other) == ([4], [])
@@ -130,6 +138,18 @@ def test_clipping_scales_down_to_the_norm_and_zero_means_none():
         parameter.grad = torch.tensor([3.0, 4.0])
         assert clip([parameter], limit).item() == 5.0
         assert parameter.grad.norm().item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("before", [True, False])
+def test_deterministic_kernels_end_with_the_run(wanted, before):
+    torch.use_deterministic_algorithms(before)
+    try:
+        with deterministic_kernels(wanted):
+            assert torch.are_deterministic_algorithms_enabled() is (wanted or before)
+        assert torch.are_deterministic_algorithms_enabled() is before
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_the_random_state_comes_back():

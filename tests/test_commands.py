@@ -1,0 +1,372 @@
+"""train, eval and merge through the command line: what they print, write and refuse."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+from tests.conftest import conversation
+from tests.tiny import write_tiny_model
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def qlora(monkeypatch, capfd) -> Callable[..., Ended]:
+    """Runs the command line in this warm process: the same entry point, the same streams, no second import of torch."""
+    from qlora_cli.cli import main
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["qlora", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Ended(code, *capfd.readouterr())
+
+    return run
+
+
+def values_of(tiny_model: Path, rows_file: Path, run: Path) -> dict[str, Any]:
+    return {
+        "model": {"name_or_path": str(tiny_model)},
+        "quantization": {"compute_dtype": "float32"},
+        "adapter": {"r": 8, "alpha": 16},
+        "data": {
+            "train": [{"path": str(rows_file)}],
+            "eval": [{"path": str(rows_file.with_name("heldout.jsonl"))}],
+            "max_length": 256,
+        },
+        "training": {"max_steps": 4, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
+                     "logging_steps": 2, "eval_steps": 4, "save_steps": 4},
+        "evaluation": {"max_new_tokens": 8},
+        "output_dir": str(run),
+    }  # fmt: skip
+
+
+@pytest.fixture
+def recipe_file(tiny_model, rows_file, tmp_path) -> Path:
+    """A recipe for four steps on the tiny model."""
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values_of(tiny_model, rows_file, tmp_path / "run")))
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model, rows_file) -> Path:
+    """A finished run, trained in a process of its own without a network where the machine allows that."""
+    folder = tmp_path_factory.mktemp("finished")
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values_of(tiny_model, rows_file, folder / "run")))
+    done = subprocess.run([*offline(), sys.executable, "-m", "qlora_cli", "train", str(path)],
+                          capture_output=True, text=True, env=online_environment())  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"{folder / 'run' / 'adapter'}\n"
+    assert "Warning" not in done.stderr
+    assert "kernels" not in done.stderr
+    return folder / "run"
+
+
+def offline() -> list[str]:
+    """The prefix that runs a command in a network namespace without any network, or nothing where that is forbidden."""
+    prefix = ["unshare", "--net"] if os.geteuid() == 0 else ["unshare", "--net", "--map-root-user"]
+    tried = shutil.which("unshare") and subprocess.run([*prefix, "true"], capture_output=True).returncode == 0
+    return prefix if tried else []
+
+
+def online_environment() -> dict[str, str]:
+    """The environment of a user, in which nothing keeps a library from the network."""
+    return {name: value for name, value in os.environ.items() if name != "HF_HUB_OFFLINE"}
+
+
+# ── what they do ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_train_leaves_the_run_folder_of_the_design(finished):
+    assert {path.name for path in finished.iterdir()} == {
+        "adapter", "checkpoints", "metrics.jsonl", "recipe.yaml", "resolved.yaml", "run.json", "run.lock",
+    }  # fmt: skip
+    facts = json.loads((finished / "run.json").read_text())
+    assert set(facts["fingerprints"]) == {"base", "tokenizer", "chat_template", "data"}
+    assert len(facts["base"]["quantized_modules"]) == 14
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4, 4]
+    assert {"loss", "learning_rate", "grad_norm", "trained_tokens_per_s", "memory_bytes", "epoch"} <= set(lines[0])
+    assert {"eval_loss", "eval_perplexity", "eval_token_accuracy"} <= set(lines[2])
+
+
+def test_the_adapter_folder_loads_in_plain_peft(finished):
+    import peft
+    import torch
+    from transformers import AutoTokenizer
+
+    model = peft.AutoPeftModelForCausalLM.from_pretrained(str(finished / "adapter"), dtype=torch.float32)
+    assert any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
+    assert "<|im_start|>" in AutoTokenizer.from_pretrained(finished / "adapter").chat_template
+    card = (finished / "adapter" / "README.md").read_text()
+    assert card.startswith("---\nbase_model: ")
+
+
+@pytest.mark.skipif(not offline(), reason="no network namespace may be made here")
+def test_eval_and_merge_work_without_a_network(finished, tmp_path):
+    for arguments in (["eval", finished, "--json"], ["merge", finished, "--out", tmp_path / "merged", "--json"]):
+        done = subprocess.run(
+            [*offline(), sys.executable, "-m", "qlora_cli", *map(str, arguments)], capture_output=True, text=True,
+            env=online_environment(),
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert isinstance(json.loads(done.stdout), dict)
+
+
+def test_eval_shows_base_and_adapter_side_by_side(finished, qlora):
+    ended = qlora("eval", finished, "--baseline")
+    assert ended.code == 0
+    for words in ("base", "adapter", "perplexity", "token accuracy", "exact match", "prompt", "expected"):
+        assert words in ended.out
+    assert "\x1b" not in ended.out + ended.err, "colour where there is no terminal"
+
+
+def test_eval_json_is_one_object_with_the_figures(finished, qlora):
+    result = json.loads(qlora("eval", finished, "--baseline", "--json").out)
+    assert result["rows"] == 4
+    for model in ("base", "adapter"):
+        assert set(result["models"][model]) == {"loss", "perplexity", "token_accuracy", "exact_match"}
+    assert result["models"]["adapter"]["loss"] < result["models"]["base"]["loss"]
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert result["models"]["adapter"]["loss"] == pytest.approx(lines[-1]["eval_loss"], rel=1e-5)
+
+
+def test_eval_limit_and_recipe_and_adapter(finished, recipe_file, qlora):
+    result = json.loads(qlora("eval", recipe_file, "--adapter", finished / "adapter", "--limit", 2, "--json").out)
+    assert result["rows"] == 2
+    assert list(result["models"]) == ["adapter"]
+
+
+def test_eval_of_a_recipe_that_was_not_trained_measures_the_base(recipe_file, qlora):
+    assert list(json.loads(qlora("eval", recipe_file, "--baseline", "--json").out)["models"]) == ["base"]
+    ended = qlora("eval", recipe_file)
+    assert (ended.code, ended.out) == (2, "")
+    assert "no adapter there. Run `qlora train`, or measure the base alone with --baseline." in ended.err
+
+
+def test_eval_says_when_the_base_is_another(finished, qlora):
+    ended = qlora("eval", finished, "--json", "--set", "quantization.data_type=fp4")
+    assert ended.code == 0
+    assert "the base differs from the one trained on" in ended.err
+    assert "differs" not in qlora("eval", finished, "--json").err
+
+
+@pytest.mark.parametrize("base", ["dequantized", "original"])
+def test_merge_writes_a_plain_transformers_folder_and_measures_it(finished, tmp_path, qlora, base):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    out = tmp_path / "merged"
+    result = json.loads(qlora("merge", finished, "--out", out, "--base", base, "--json").out)
+    assert json.loads((out / "merge.json").read_text()) == result
+    difference = result["difference"]
+    assert difference["positions"] > 100
+    if base == "dequantized":
+        assert difference["max_abs"] < 1e-4
+        assert difference["top1_agreement"] == 1.0
+    else:
+        assert difference["max_abs"] > 1e-2, "the original weights are not those that were trained on"
+    model = AutoModelForCausalLM.from_pretrained(out)
+    assert model.dtype == torch.float32
+    assert AutoTokenizer.from_pretrained(out).chat_template
+
+
+def test_the_merged_folder_generates_the_unmerged_models_text(finished, tmp_path, qlora):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from qlora_cli.model.adapter import load_adapter
+    from qlora_cli.model.base import load_base
+    from qlora_cli.recipe import load_recipe
+
+    assert qlora("merge", finished, "--out", tmp_path / "merged").code == 0
+    base = load_base(load_recipe(finished / "resolved.yaml"), torch.device("cpu"))
+    unmerged = load_adapter(base, finished / "adapter")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "merged")
+    for question in ("say 3", "say na na 9", "what else"):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )["input_ids"]
+        settings = {"max_new_tokens": 24, "do_sample": False}
+        assert torch.equal(unmerged.generate(input_ids=ids, **settings), merged.generate(input_ids=ids, **settings))
+
+
+def test_merge_refuses_to_overwrite(finished, tmp_path, qlora):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").write_text("years of work")
+    ended = qlora("merge", finished, "--out", tmp_path / "mine")
+    assert ended.code == 2
+    assert "is there already, and nothing is overwritten. Name a new folder with --out." in ended.err
+    assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
+
+
+def test_merge_of_no_run_says_so(tmp_path, recipe_file, qlora):
+    assert "no run folder (no resolved.yaml)" in qlora("merge", tmp_path).err
+    assert qlora("train", recipe_file, "--max-steps", 1).code == 0
+    ended = qlora("merge", tmp_path / "run")
+    assert (ended.code, ended.out) == (2, "")
+    assert "no finished run there (no adapter/). Run `qlora train` to its end first." in ended.err
+
+
+def test_max_steps_pauses_and_the_same_command_goes_on(recipe_file, tmp_path, qlora):
+    ended = qlora("train", recipe_file, "--max-steps", 2, "--json")
+    assert json.loads(ended.out) == {"adapter": str(tmp_path / "run" / "adapter"), "finished": False}
+    ended = qlora("train", recipe_file)
+    assert "step 2 of 4" in ended.err
+    assert ended.out == f"{tmp_path / 'run' / 'adapter'}\n"
+    ended = qlora("train", recipe_file, "--resume", "never")
+    assert ended.code == 2
+    assert "which --resume never would lose" in ended.err
+
+
+def test_gradients_of_a_nan_stop_the_run_before_the_step(recipe_file, tmp_path, tiny_model, qlora):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(tiny_model, tmp_path / "broken")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"] = torch.full_like(weights["model.norm.weight"], float("nan"))
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    ended = qlora("train", recipe_file, "--set", f"model.name_or_path={folder}")
+    assert ended.code == 1
+    assert "step 1: loss nan and gradient norm" in ended.err
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+# ── what they refuse: one message with place, cause and remedy, never a traceback ────────────────────────────────────
+
+
+def write_rows(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def check_refused(ended: Ended, message: str, code: int = 2) -> None:
+    assert ended.code == code, ended.err
+    assert message in ended.err
+    assert "Traceback" not in ended.err
+    assert ended.out == ""
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"model: [", "recipe.yaml:1:"),
+        (b"\x93NUMPY\x01\x00\xff\xfe", "not UTF-8"),
+        (b"", "empty"),
+        (b"model: {name_or_path: x}\ndata: {train: [{path: y}]}\nlearning_rat: 1\n", "recipe.yaml:3:1: unknown key"),
+        (b"model: {name_or_path: x}\ndata: {train: [{path: y}]}\ntraining: {epochs: many}\n", "recipe.yaml:3:20"),
+        (
+            b"model: {name_or_path: x}\ndata: {train: [{path: y.csv}], eval: [{path: y.csv}]}\n",
+            "held out here and trained on",
+        ),
+    ],
+    ids=["not YAML", "binary junk", "empty", "unknown key", "wrong type", "impossible combination"],
+)
+def test_a_bad_recipe(tmp_path, qlora, content, message):
+    path = tmp_path / "recipe.yaml"
+    path.write_bytes(content)
+    check_refused(qlora("train", path), message)
+
+
+def test_a_missing_recipe(tmp_path, qlora):
+    check_refused(qlora("train", tmp_path / "nowhere.yaml"), "nowhere.yaml: no such file")
+
+
+def test_a_missing_data_file(recipe_file, tmp_path, qlora):
+    check_refused(qlora("train", recipe_file, "--set", f"data.train[0].path={tmp_path}/rows.jsonl"), "no such file")
+
+
+def test_empty_data(recipe_file, tmp_path, qlora):
+    path = write_rows(tmp_path / "rows.jsonl")
+    check_refused(qlora("train", recipe_file, "--set", f"data.train[0].path={path}"), "rows.jsonl: ")
+
+
+def test_a_missing_column(recipe_file, tmp_path, qlora):
+    path = write_rows(tmp_path / "rows.jsonl", {"text": "a"}, {"txt": "b"})
+    ended = qlora("train", recipe_file, "--set", f"data.train[0].path={path}")
+    check_refused(ended, "rows.jsonl:2")
+    assert "txt" in ended.err
+
+
+def test_no_trained_token_in_any_row(recipe_file, tmp_path, qlora):
+    path = write_rows(tmp_path / "rows.jsonl", {"messages": [{"role": "user", "content": "hello?"}]})
+    ended = qlora("train", recipe_file, "--set", f"data.train[0].path={path}")
+    check_refused(ended, "rows.jsonl:1")
+    assert "assistant" in ended.err
+
+
+def test_a_row_longer_than_the_limit(recipe_file, tmp_path, qlora):
+    path = write_rows(tmp_path / "rows.jsonl", conversation("hi", "ho"), conversation("hi", "ho" * 400))
+    ended = qlora("train", recipe_file, "--set", f"data.train[0].path={path}")
+    check_refused(ended, "rows.jsonl:2: the row has")
+    assert "data.max_length is 256" in ended.err
+
+
+def test_a_model_folder_without_weights(recipe_file, tmp_path, tiny_model, qlora):
+    folder = shutil.copytree(tiny_model, tmp_path / "bare")
+    (folder / "model.safetensors").unlink()
+    ended = qlora("train", recipe_file, "--set", f"model.name_or_path={folder}")
+    check_refused(ended, f"{folder}: no *.safetensors weights in the model folder")
+
+
+def test_a_tokenizer_larger_than_the_embedding(recipe_file, tmp_path, qlora):
+    folder = write_tiny_model(tmp_path / "small", vocab_size=200, eos_token_id=2)
+    ended = qlora("train", recipe_file, "--set", f"model.name_or_path={folder}")
+    check_refused(ended, "the tokenizer's largest id is 258, the embedding has 200 rows")
+
+
+def test_an_output_folder_that_cannot_be_written(recipe_file, tmp_path, qlora):
+    (tmp_path / "file").write_text("")
+    check_refused(qlora("train", recipe_file, "--set", f"output_dir={tmp_path}/file/run"), "cannot be written", code=1)
+
+
+def test_a_data_file_that_cannot_be_read(recipe_file, tmp_path):
+    """As a user without rights: root reads everything, so it drops to nobody first."""
+    path = write_rows(tmp_path / "rows.jsonl", conversation("hi", "ho"))
+    path.chmod(0)
+    if os.geteuid() == 0:
+        pytest.skip("root may read everything")
+    ended = subprocess.run(
+        [sys.executable, "-m", "qlora_cli", "train", str(recipe_file), "--set", f"data.train[0].path={path}"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert ended.returncode == 2
+    assert "cannot be read" in ended.stderr
+
+
+def test_an_output_folder_that_holds_another_run(finished, recipe_file, qlora):
+    ended = qlora("train", recipe_file, "--set", f"output_dir={finished}", "--set", "training.seed=5")
+    check_refused(ended, "holds another run: training.seed is 42 there, 5 here")
+
+
+def test_a_tracker_that_is_not_installed(recipe_file, qlora):
+    from accelerate.tracking import get_available_trackers
+
+    if "mlflow" in map(str, get_available_trackers()):
+        pytest.skip("mlflow is installed here")
+    ended = qlora("train", recipe_file, "--set", "report_to=[mlflow]")
+    check_refused(ended, "report_to: mlflow is not installed. Run `pip install 'qlora[track]'`.", code=4)

@@ -1,0 +1,96 @@
+"""What holds on the CPU holds on a GPU. Run by scripts/gpu_check.sh on any CUDA machine; skipped elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from qlora_cli import commands
+from qlora_cli.display import QuietReport
+from qlora_cli.model.base import load_base
+from qlora_cli.quant.bitsandbytes import quantized_modules
+from qlora_cli.quant.roundtrip import module_digest, quantized, quantized_digest
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def train(recipe: Any, **how: Any) -> Path:
+    settings = {"main_process": True, "resume": "auto", "pause_at": None} | how
+    return commands.train(recipe, b"", QuietReport(), **settings)
+
+
+@pytest.mark.parametrize("data_type", ["nf4", "fp4", "int8"])
+def test_a_weight_is_quantised_to_the_same_bytes_on_both_devices(data_type):
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(256, 512, generator=generator, dtype=torch.float32).to(torch.bfloat16)
+    on_cpu = quantized(weight, data_type, True, 64, torch.bfloat16)
+    on_gpu = quantized(weight.to(GPU), data_type, True, 64, torch.bfloat16)
+    assert torch.equal(on_cpu.data.view(torch.uint8).flatten(), on_gpu.data.cpu().view(torch.uint8).flatten())
+
+
+@pytest.mark.parametrize("data_type", ["nf4", "none"])
+def test_logits_of_both_devices_agree(make_recipe, data_type):
+    recipe = make_recipe(quantization={"data_type": data_type})
+    ids = torch.arange(60).view(2, 30)
+    with torch.no_grad():
+        on_cpu = load_base(recipe, CPU).model(ids).logits
+        on_gpu = load_base(recipe, GPU).model(ids.to(GPU)).logits.cpu()
+    assert (on_cpu - on_gpu).norm() / on_cpu.norm() < 1e-4
+
+
+def test_a_merge_recomputes_the_very_bytes_that_were_trained_on(make_recipe, tiny_model):
+    base = load_base(make_recipe(), GPU)
+    weights = load_file(tiny_model / "model.safetensors")
+    for name, module in quantized_modules(base.model).items():
+        again = quantized(weights[f"{name}.weight"].to(GPU), "nf4", True, 64, torch.float32)
+        assert quantized_digest(again) == module_digest(module)
+
+
+@pytest.mark.parametrize("optimizer", ["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw"])
+def test_a_paused_run_equals_an_uninterrupted_one(make_recipe, tmp_path, optimizer):
+    def recipe(name: str) -> Any:
+        return make_recipe(
+            adapter={"r": 64, "alpha": 64, "dropout": 0.05},
+            quantization={"compute_dtype": "bfloat16"},
+            training={"optimizer": optimizer, "deterministic": True, "save_steps": 2},
+            output_dir=str(tmp_path / name),
+        )
+
+    whole = train(recipe("whole"))
+    train(recipe("paused"), pause_at=3)
+    paused = train(recipe("paused"))
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, paused))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_checkpointed_and_plain_backward_give_the_same_adapter(make_recipe, tmp_path):
+    """Recomputation in backward must meet the same dequantised weights (bitsandbytes saves none through autograd)."""
+    adapters = []
+    for checkpointing in (True, False):
+        training = {"gradient_checkpointing": checkpointing, "deterministic": True}
+        folder = train(make_recipe(training=training, output_dir=str(tmp_path / str(checkpointing))))
+        adapters.append(load_file(folder / "adapter_model.safetensors"))
+    for name, tensor in adapters[0].items():
+        torch.testing.assert_close(tensor, adapters[1][name])
+
+
+def test_train_eval_and_merge_on_the_gpu(make_recipe, heldout_file, rows_file, tmp_path):
+    recipe = make_recipe(
+        data={"train": [{"path": str(rows_file)}], "eval": [{"path": str(heldout_file)}]},
+        training={"optimizer": "paged_adamw_8bit"},
+        evaluation={"max_new_tokens": 8},
+    )
+    adapter = train(recipe)
+    result = commands.evaluate(recipe, QuietReport(), adapter=None, baseline=True, limit=None)
+    assert result["models"]["adapter"]["loss"] < result["models"]["base"]["loss"]
+    merged = commands.merge(
+        adapter.parent, recipe, QuietReport(), out=tmp_path / "merged", onto="dequantized", dtype="float32"
+    )
+    assert merged["difference"]["max_abs"] < 1e-3
+    assert merged["difference"]["top1_agreement"] == 1.0

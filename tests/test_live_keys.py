@@ -1,0 +1,197 @@
+"""Every key of the recipe is alive: changing it changes something outside of the stored recipe, or is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic.fields import FieldInfo
+
+from qlora_cli.errors import UserErrors
+from qlora_cli.recipe.fields import choices, dotted, fields, same, section_of, sections, today
+from tests.live_keys.bench import Bench, Live
+from tests.live_keys.data_keys import DATA
+from tests.live_keys.model_keys import ADAPTER, MODEL, QUANTIZATION
+from tests.live_keys.training_keys import EVALUATION, TOP, TRAINING
+
+LIVE = [*MODEL, *QUANTIZATION, *ADAPTER, *DATA, *TRAINING, *EVALUATION, *TOP]
+
+LIKE_AUTO = {"data.packing": False}
+"""Keys whose one live value is what `auto` does as yet: nothing can be seen of them until `auto` does more."""
+
+NOT_YET: dict[str, list[Any]] = {
+    "model.num_labels": [2],
+    "model.added_tokens": [["<think>"]],
+    "quantization.block_size": [32, 128],
+    "quantization.overrides": [{"q_proj": "nf4"}],
+    "quantization.embeddings": ["nf4"],
+    "quantization.zero_point": [True],
+    "quantization.clip": ["mse"],
+    "adapter.loftq.iterations": [1],
+    "data.train[0].weight": [2, 0.5],
+    "data.train[0].streaming": [True],
+    "data.train[0].template": [{"prompt": "{{ a }}", "completion": "{{ b }}"}],
+    "data.eval[0].weight": [2],
+    "data.eval[0].streaming": [True],
+    "data.eval[0].template": [{"prompt": "{{ a }}", "completion": "{{ b }}"}],
+    "data.eval_fraction": [0.1],
+    "data.packing": [True],
+    "training.torch_compile": [True],
+    "training.neftune_noise_alpha": [5],
+    "evaluation.suites": [["mmlu"]],
+    "evaluation.best_metric": ["eval_loss"],
+    "evaluation.early_stopping_patience": [3],
+}
+"""Values whose feature is still to come, of keys that do not spell their values out."""
+
+
+def keys() -> dict[str, FieldInfo]:
+    """Every key of the schema that holds a value, by its dotted name."""
+    return {
+        dotted((*path, name)): field
+        for path, section in sections()
+        for name, field in fields(section).items()
+        if section_of(field.annotation) is None
+    }
+
+
+def changeable(field: FieldInfo) -> bool:
+    """Whether the key takes something besides its default and auto today."""
+    allowed = today(field)
+    if allowed is None:
+        return True
+    default = field.get_default(call_default_factory=True)
+    return any(value != "auto" and not same(value, default) for value in allowed)
+
+
+def spelled_out(field: FieldInfo) -> list[Any]:
+    """The values of a Literal that are legal and not live."""
+    allowed = today(field)
+    return [value for value in choices(field.annotation) if allowed and not any(same(value, one) for one in allowed)]
+
+
+SPELLED = {name: field for name, field in keys().items() if choices(field.annotation)}
+
+USUAL = {
+    (name, json.dumps(value))
+    for name, value in [
+        *((name, field.get_default(call_default_factory=True)) for name, field in SPELLED.items()),
+        *((name, "auto") for name in keys()),
+        ("quantization.compute_dtype", "float32"),
+        ("training.optimizer", "adamw"),
+    ]
+}
+"""Defaults, auto, and what the base recipe sets."""
+
+REFUSED = [(name, value) for name, field in keys().items() for value in [*spelled_out(field), *NOT_YET.get(name, [])]]
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows_file: Path, heldout_file: Path) -> Bench:
+    """The tiny model and rows of all tests, and the other models and files that the tables name."""
+    from tests.tiny import write_tiny_model
+
+    root = tmp_path_factory.mktemp("live")
+    names = ("narrow", "own", "here", "there")
+    places = {"model": tiny_model, "rows": rows_file, "heldout": heldout_file} | {name: root / name for name in names}
+    write_tiny_model(places["narrow"], hidden_size=32, num_attention_heads=2, num_key_value_heads=1)
+    write_own_model(places["own"])
+    written = {"others.jsonl": rows_file.read_text(), "every_format.jsonl": EVERY_FORMAT, "template.jinja": TEMPLATE}
+    for name, content in written.items():
+        places[name.split(".")[0]] = root / name
+        (root / name).write_text(content)
+    made = Bench(places, root)
+    places["adapter"] = made.trained(made.recipe({"training.max_steps": 2})).folder / "adapter"
+    return made
+
+
+EVERY_FORMAT = json.dumps(
+    {
+        "instruction": "say",
+        "output": "from alpaca",
+        "question": "say",
+        "answer": "from question_answer",
+        "prompt": "say ",
+        "completion": "from prompt_completion",
+        "text": "from text",
+        "messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "from messages"}],
+    }
+)
+
+TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant: {% endif %}"
+)
+
+OWN = """
+from transformers import LlamaConfig, LlamaForCausalLM
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+
+class OwnForCausalLM(LlamaForCausalLM):
+    config_class = OwnConfig
+"""
+
+
+def write_own_model(folder: Path) -> None:
+    """A model whose architecture only its own Python file knows."""
+    from tests.tiny import write_tiny_model
+
+    config = json.loads((write_tiny_model(folder) / "config.json").read_text())
+    config |= {"model_type": "own", "architectures": ["OwnForCausalLM"]}
+    config["auto_map"] = {"AutoConfig": "own.OwnConfig", "AutoModelForCausalLM": "own.OwnForCausalLM"}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "own.py").write_text(OWN)
+
+
+@pytest.mark.parametrize("live", LIVE, ids=str)
+def test_every_live_key_has_an_effect_outside_the_stored_recipe(bench: Bench, live: Live):
+    without = live.see(bench, bench.recipe(live.beside))
+    with_value = live.see(bench, bench.recipe({**live.beside, live.key: live.value}))
+    assert not live.expect(without, without), "the expectation would hold if the key were ignored"
+    assert live.expect(without, with_value), f"{live}: {without} without it, {with_value} with it"
+
+
+def test_every_key_is_in_the_table_or_takes_nothing_but_its_default():
+    known = {live.key for live in LIVE} | set(LIKE_AUTO)
+    expected = {name for name, field in keys().items() if changeable(field)}
+    assert sorted(expected - known) == [], "a live key without an entry: add one to tests/live_keys"
+    assert sorted(known - expected) == [], "an entry for a key that is gone, or takes nothing but its default"
+
+
+def test_every_value_that_a_key_spells_out_is_in_the_table_or_refused():
+    """Of keys with a list of values each live one has an entry; the base recipe's own is the other side of them all."""
+    tried = {(live.key, json.dumps(live.value)) for live in LIVE}
+    missing = [
+        f"{name}={value}"
+        for name, field in SPELLED.items()
+        for value in choices(field.annotation)
+        if (name, json.dumps(value)) not in tried | {(n, json.dumps(v)) for n, v in REFUSED} | USUAL
+    ]
+    assert missing == []
+
+
+def test_every_key_with_values_to_come_is_tried_with_one():
+    limited = {name for name, field in keys().items() if today(field) is not None and not spelled_out(field)}
+    assert sorted(limited - set(NOT_YET)) == []
+    assert sorted(set(NOT_YET) - set(keys())) == []
+
+
+@pytest.mark.parametrize(("name", "value"), REFUSED, ids=str)
+def test_a_value_whose_feature_is_to_come_is_refused(tmp_path: Path, name: str, value: Any):
+    with pytest.raises(UserErrors) as refused:
+        Bench({}, tmp_path).recipe({name: value})
+    told = [str(problem) for problem in refused.value.problems]
+    assert len(told) == 1
+    assert f"`{name}: " in told[0]
+    assert "is not available yet" in told[0]
+
+
+def test_packing_shows_no_effect_until_auto_packs(bench: Bench):
+    """As soon as `auto` packs, `false` has an effect: then this fails, and data.packing moves to the table."""
+    for value in ("auto", False):
+        watch = bench.trained(bench.recipe({"data.packing": value, "training.max_steps": 3}))
+        assert sum(len(ids) for ids in watch.trained_batches) == 12, "one row for each of the twelve examples"
