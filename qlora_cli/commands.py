@@ -11,19 +11,17 @@ from typing import Any, Literal
 
 import torch
 
-from qlora_cli.data.examples import Examples, load_examples
-from qlora_cli.data.sources import Role
 from qlora_cli.errors import UserError
 from qlora_cli.evaluate.generate import Answer, exact_match, generate_answers, prompt_and_reference
 from qlora_cli.evaluate.loss import held_out_loss
 from qlora_cli.merge.difference import compare, logits_of
 from qlora_cli.merge.merge import merge_adapter
 from qlora_cli.model.adapter import load_adapter
-from qlora_cli.model.base import AUTO_CLASSES, Base, default_device, fingerprint, load_base, quiet_loading
+from qlora_cli.model.base import AUTO_CLASSES, Base, default_device, find_base, fingerprint, load_base, quiet_loading
 from qlora_cli.recipe import Recipe
 from qlora_cli.train import loop
 from qlora_cli.train.run import Run, check_resume, claim, locked, read_facts, replace_text
-from qlora_cli.train.session import Report, say_base
+from qlora_cli.train.session import Report, encode_role, say_base
 from qlora_cli.train.signals import Interrupted
 
 __all__ = ["Interrupted", "evaluate", "merge", "train"]
@@ -61,13 +59,17 @@ def evaluate(
     adapter: its folder, the run's own where None; with `baseline` a run without one measures the base alone.
     """
     run = Run(Path(recipe.output_dir))
+    may_be_absent = baseline and adapter is None
     adapter = adapter or run.adapter
-    if not adapter.exists() and not baseline:
+    if not adapter.exists() and not may_be_absent:
         raise UserError(adapter, "no adapter there", "run `qlora train`, or measure the base alone with --baseline")
-    base = load_base(recipe, default_device())
+    if not recipe.data.eval:
+        raise UserError("data.eval", "no held-out data", "name a file of rows that are not trained on")
+    found = find_base(recipe)
+    examples = encode_role(recipe, found, "eval", report)
+    base = load_base(recipe, default_device(), found)
     say_base(report, recipe, base)
     say_if_another_base(run, base, report)
-    examples = held_out(recipe, base, report)
     rows = list(islice(examples.rows, limit))
     models: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
@@ -76,20 +78,8 @@ def evaluate(
     if adapter.exists():
         model = load_adapter(base, adapter)
         models["adapter"], answers["adapter"] = measure(recipe, base, model, rows, report, "adapter")
-    tokens = next(iter(models.values())).pop("tokens")
-    for other in models.values():
-        other.pop("tokens", None)
+    tokens = sum(row.num_trained for row in rows)
     return {"rows": len(rows), "tokens": tokens, "models": models, "samples": samples(answers)}
-
-
-def held_out(recipe: Recipe, base: Base, report: Report) -> Examples:
-    """The recipe's held-out rows, encoded."""
-    if not recipe.data.eval:
-        raise UserError("data.eval", "no held-out data", "name a file of rows that are not trained on")
-    examples = load_examples(recipe.data.eval, recipe.data, base.tokenizer, base.stop_token_ids, "eval")
-    for line in examples.summary():
-        report.say(f"data     {line}")
-    return examples
 
 
 def measure(
@@ -98,8 +88,8 @@ def measure(
     """The figures of one model on the held-out rows, and its answers where the rows have prompts."""
     size = recipe.evaluation.batch_size
     batch_size = recipe.training.micro_batch_size if size == "auto" else size
-    loss = asdict(held_out_loss(base, model, rows, batch_size))
-    loss.pop("rows")
+    found = held_out_loss(base, model, rows, batch_size)
+    loss = {"loss": found.loss, "perplexity": found.perplexity, "token_accuracy": found.token_accuracy}
     asked = [row for row in rows if prompt_and_reference(row) is not None]
     if not asked:
         return loss, []
@@ -196,11 +186,10 @@ def refuse_overwriting(out: Path) -> None:
 
 def measure_unmerged(recipe: Recipe, run: Run, report: Report) -> Unmerged:
     """Logits of base + adapter over the first 16 held-out rows, or training rows where there are none."""
-    base = load_base(recipe, default_device())
+    found = find_base(recipe)
+    examples = encode_role(recipe, found, "eval" if recipe.data.eval else "train", report)
+    base = load_base(recipe, default_device(), found)
     say_if_another_base(run, base, report)
-    role: Role = "eval" if recipe.data.eval else "train"
-    sources = {"eval": recipe.data.eval, "train": recipe.data.train}[role]
-    examples = load_examples(sources, recipe.data, base.tokenizer, base.stop_token_ids, role)
     rows = [row.input_ids for row in examples.rows[:16]]
     model = load_adapter(base, run.adapter)
     with base.compute():

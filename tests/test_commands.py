@@ -164,6 +164,12 @@ def test_eval_of_a_recipe_that_was_not_trained_measures_the_base(recipe_file, ql
     ended = qlora("eval", recipe_file)
     assert (ended.code, ended.out) == (2, "")
     assert "no adapter there. Run `qlora train`, or measure the base alone with --baseline." in ended.err
+    ended = qlora("eval", recipe_file, "--baseline", "--adapter", recipe_file.parent / "misspelt")
+    assert (ended.code, ended.out) == (2, ""), "a named adapter that is not there was passed over"
+
+
+def test_held_out_data_must_be_named(finished, qlora):
+    assert "data.eval: no held-out data" in qlora("eval", finished, "--set", "data.eval=[]").err
 
 
 def test_eval_says_when_the_base_is_another(finished, qlora):

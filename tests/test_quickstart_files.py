@@ -60,8 +60,8 @@ def test_heldout_rows_are_in_no_training_text_of_either_stage(pretraining: list[
     assert all(json.loads(row["messages"][1]["content"])["who"] in text.NEW_NAMES for row in heldout)
 
 
-def test_the_pretraining_text_holds_no_record(pretraining: list[str]) -> None:
-    assert not [said for said in pretraining if '"who":' in said or said.startswith("Record")]
+def test_the_pretraining_text_holds_no_record_and_asks_for_none(pretraining: list[str]) -> None:
+    assert not [said for said in pretraining if '{"who"' in said or said.startswith("Record")]
 
 
 def test_the_files_are_small() -> None:
@@ -91,7 +91,7 @@ def test_the_template_is_prefix_stable(tokenizer: Any) -> None:
     assert full == "<|system|>Be <brief>.<|end|><|user|>one<|end|><|assistant|> two <|end|>" + (
         "<|user|>three\n<|end|><|assistant|>four<|end|>"
     )
-    for i, message in enumerate(messages):
+    for i, message in list(enumerate(messages))[1:]:
         before = tokenizer.apply_chat_template(
             messages[:i], tokenize=False, add_generation_prompt=message["role"] == "assistant"
         )

@@ -38,14 +38,20 @@ INT8_ON_CPU = "on a CPU bitsandbytes trains int8 weights with unquantised activa
 
 
 @dataclass(frozen=True)
-class Base:
+class Found:
+    """A base before its weights are read: enough to check every row of data."""
+
+    folder: Path
+    tokenizer: Any
+    stop_token_ids: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Base(Found):
     """A frozen base model and what belongs to it."""
 
     model: Any
-    tokenizer: Any
-    folder: Path
     compute_dtype: torch.dtype
-    stop_token_ids: frozenset[int]
     summary: str
     note: str = ""
 
@@ -76,18 +82,27 @@ def compute_dtype_for(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_base(recipe: Recipe, device: torch.device) -> Base:
+def find_base(recipe: Recipe) -> Found:
+    """The recipe's base, downloaded where it is remote, with its tokenizer; no weight is read.
+
+    Raises UserError where the folder or its tokenizer are not fit to train on.
+    """
+    folder = locate(recipe.model)
+    tokenizer = load_tokenizer(folder, recipe.model)
+    return Found(folder, tokenizer, stop_token_ids(folder, tokenizer))
+
+
+def load_base(recipe: Recipe, device: torch.device, found: Found | None = None) -> Base:
     """The recipe's base model on `device`, frozen, its linear weights quantised, in evaluation mode.
 
     Raises UserError where the folder, its weights or its tokenizer are not fit to train on.
     """
-    folder = locate(recipe.model)
+    found = found or find_base(recipe)
     dtype = compute_dtype_for(recipe.quantization.compute_dtype, device)
-    tokenizer = load_tokenizer(folder, recipe.model)
-    model = load_model(recipe, folder, dtype, device)
-    check_vocabulary(tokenizer, model.get_input_embeddings().weight.shape[0], folder)
+    model = load_model(recipe, found.folder, dtype, device)
+    check_vocabulary(found.tokenizer, model.get_input_embeddings().weight.shape[0], found.folder)
     note = INT8_ON_CPU if recipe.quantization.data_type == "int8" and device.type == "cpu" else ""
-    return Base(model, tokenizer, folder, dtype, stop_token_ids(folder, tokenizer), bytes_by_type(model), note)
+    return Base(found.folder, found.tokenizer, found.stop_token_ids, model, dtype, bytes_by_type(model), note)
 
 
 def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -17,6 +17,13 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
+def _text(dumper: _Dumper, value: str) -> yaml.ScalarNode:
+    """A text; one with a line break of Unicode's own is escaped, as a YAML reader would fold it into a space."""
+    style = '"' if any(character in value for character in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style=style)
+
+
+_Dumper.add_representer(str, _text)
 for _tag, _pattern in SCALARS.items():
     _Dumper.add_implicit_resolver(_tag, _pattern, None)
 

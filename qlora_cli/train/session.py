@@ -11,9 +11,10 @@ from torch.optim import Optimizer
 
 from qlora_cli.data.examples import Examples, load_examples
 from qlora_cli.data.order import total_steps
+from qlora_cli.data.sources import Role
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.adapter import attach_adapter
-from qlora_cli.model.base import Base, fingerprint, load_base
+from qlora_cli.model.base import Base, Found, find_base, fingerprint, load_base
 from qlora_cli.recipe import Recipe
 from qlora_cli.train.checkpoint import fault, load_checkpoint, newest_valid
 from qlora_cli.train.facts import run_facts
@@ -56,14 +57,12 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     """Loads base, adapter, data and optimizer, and puts the run back to where it stopped."""
     training = recipe.training
     accelerator = build_accelerator(recipe, run)
-    base = load_base(recipe, accelerator.device)
+    found = find_base(recipe)
+    train_set = encode_role(recipe, found, "train", report)  # before the weights: a bad row is told in seconds
+    eval_set = encode_role(recipe, found, "eval", report)
+    base = load_base(recipe, accelerator.device, found)
     say_base(report, recipe, base)
     base_digest = fingerprint(base.model)
-    train_set = load_examples(recipe.data.train, recipe.data, base.tokenizer, base.stop_token_ids, "train")
-    eval_set = load_examples(recipe.data.eval, recipe.data, base.tokenizer, base.stop_token_ids, "eval")
-    for role, examples in (("train", train_set), ("eval", eval_set)):
-        for line in examples.summary() if examples.rows else []:
-            report.say(f"{role:<8} {line}")
 
     seed_everything(training.seed)  # before the adapter: its A matrices are random
     model = attach_adapter(base, recipe.adapter, recipe.model.task)
@@ -80,6 +79,15 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     seed_processes(session)
     checkpoint_activations(session)
     return session
+
+
+def encode_role(recipe: Recipe, base: Found, role: Role, report: Report) -> Examples:
+    """The encoded rows of data.train or data.eval, with what was read and left out told."""
+    sources = {"train": recipe.data.train, "eval": recipe.data.eval}[role]
+    examples = load_examples(sources, recipe.data, base.tokenizer, base.stop_token_ids, role)
+    for line in examples.summary() if examples.rows else []:
+        report.say(f"{role:<8} {line}")
+    return examples
 
 
 def say_base(report: Report, recipe: Recipe, base: Base) -> None:

@@ -245,7 +245,8 @@ def test_every_unreadable_override_is_reported_and_a_long_one_cut(recipe_file: P
 
 
 @pytest.mark.parametrize(
-    "text", ["no", "2e-4", "0o17", "1_000", "12:30:45", "~", "", "a: b", "# x", "- x", "<<", "\u2028", "é"]
+    "text",
+    ["no", "2e-4", "0o17", "1_000", "12:30:45", "~", "", "a: b", "# x", "- x", "<<", "\u2028", "\x85x", "a\x85", "é"],
 )
 def test_text_survives_the_dump(recipe_file: Path, text: str):
     assert parse_yaml(to_yaml({"key": text}), Located("dump"))[0] == {"key": text}
