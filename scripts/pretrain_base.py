@@ -1,10 +1,10 @@
 """Make the embedded default: pretrain `configs/quickstart/base`, and write the rows of the task finetuned on top.
 
-    OMP_NUM_THREADS=2 python scripts/pretrain_base.py              # about 9 minutes on 2 cores
+    OMP_NUM_THREADS=2 python scripts/pretrain_base.py              # 10 minutes on 2 shared cores
     OMP_NUM_THREADS=2 python scripts/pretrain_base.py --check      # again, and compare with the files that are here
     python scripts/pretrain_base.py --check --text-only            # tokenizer and rows only: 15 seconds
 
-A Llama of 0.98 M weights reads 112,000 generated chats (8.4 M tokens) once. On the same kind of processor with the
+A Llama of 0.98 M weights reads 83,200 generated chats (5.9 M tokens) once. On the same kind of processor with the
 same number of threads the bytes repeat; another processor adds in another order and gives other weights as good.
 """
 
@@ -122,7 +122,7 @@ def new_model() -> LlamaForCausalLM:
 
 
 def build_optimizers(model: LlamaForCausalLM) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers (3.1 nats after 100 steps, AdamW 3.5), AdamW for the rest."""
+    """Muon for the matrices inside the layers, AdamW for the rest: in a trial 3.1 nats after 100 steps for 3.5."""
     inner = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     outer = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     muon = torch.optim.Muon(inner, lr=LEARNING_RATE, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")

@@ -96,17 +96,20 @@ def invented(rng: Random, close: str = "") -> str:
             return word
 
 
-def random_scene(rng: Random, new: bool = False) -> Scene:
-    """A scene of the training text or, with `new`, one about a person whom no training text knows."""
+def random_scene(rng: Random, new: bool = False, listed: float = 0.8) -> Scene:
+    """A scene of the training text or, with `new`, one about a person whom no training text knows.
+
+    `listed` is the share of things and places that are on the lists; the others are invented or, with `new`, new.
+    """
     if new:
         who, item, place = rng.choice(NEW_NAMES), rng.choice(NEW_ITEMS), rng.choice(NEW_PLACES)
     else:
         who, item, place = invented(rng).capitalize(), invented(rng, "s"), invented(rng).capitalize()
     if not new and rng.random() < 0.5:
         who = rng.choice(KNOWN_NAMES)
-    if rng.random() < 0.8:
+    if rng.random() < listed:
         item = rng.choice(ITEMS)
-    if rng.random() < 0.8:
+    if rng.random() < listed:
         place = rng.choice(PLACES)
     number = rng.choice(NUMBERS) if rng.random() < 0.5 else str(rng.randint(2, 20 if rng.random() < 0.5 else 99))
     return Scene(
@@ -235,16 +238,22 @@ def heldout_questions(seed: int, num_questions: int) -> list[tuple[list[Message]
 
 
 def record(scene: Scene) -> str:
-    """The scene as a line of JSON: the plain form of the verb, the count as a number, null for what is not said."""
-    facts = {"who": scene.who, "action": VERBS[scene.past], "count": int(digits(scene.count)), "item": scene.item}
-    return json.dumps(facts | {"color": scene.color, "place": scene.place, "day": scene.day})
+    """The scene as a line of JSON: the plain form of the verb, the count as a number, null for what is not said.
+
+    In the order of the sentence: with the color after the item, half of the seeds learn it too late.
+    """
+    facts = {"who": scene.who, "action": VERBS[scene.past], "count": int(digits(scene.count)), "color": scene.color}
+    return json.dumps(facts | {"item": scene.item, "place": scene.place, "day": scene.day})
 
 
 def record_rows(seed: int, num_rows: int, new: bool = False) -> list[dict[str, list[Message]]]:
-    """Rows of the finetuning task, no sentence twice; with `new`, the held-out ones."""
+    """Rows of the finetuning task, no sentence twice; with `new`, the held-out ones.
+
+    More words are invented in the training rows than are new in the held-out ones, lest the adapter learn the lists.
+    """
     rng, rows = Random(seed), {}
     while len(rows) < num_rows:
-        scene = random_scene(rng, new)
+        scene = random_scene(rng, new, listed=0.8 if new else 0.4)
         text = sentence(scene, rng)
         rows.setdefault(text, {"messages": say(f"Record: {text}", record(scene))})
     return list(rows.values())
