@@ -52,7 +52,7 @@ def class_loaded(bench: Bench, recipe: Recipe) -> str:
         try:
             return type(bench.prepare_anew(recipe).base.model).__name__
         except UserError as error:
-            return "refused" if "contains custom code" in str(error) else str(error)
+            return "refused" if "Python code that comes with it" in str(error) else str(error)
 
 
 def storage(bench: Bench, recipe: Recipe) -> str:
