@@ -49,6 +49,9 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.code)
+    except PermissionError as error:
+        print(f"{error.filename}: {error.strerror}. Mend its permissions, or name another place.", file=sys.stderr)
+        sys.exit(Exit.FAILED)
     except KeyboardInterrupt:
         sys.exit(Exit.SIGINT)
 

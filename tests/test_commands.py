@@ -350,18 +350,44 @@ def test_an_output_folder_that_cannot_be_written(recipe_file, tmp_path, qlora):
     check_refused(qlora("train", recipe_file, "--set", f"output_dir={tmp_path}/file/run"), "cannot be written", code=1)
 
 
-def test_a_data_file_that_cannot_be_read(recipe_file, tmp_path):
-    """As a user without rights: root reads everything, so it drops to nobody first."""
+def without_rights() -> list[str]:
+    """The prefix under which file permissions count for root too, as they do for any user."""
+    if os.geteuid() != 0:
+        return []
+    prefix = ["setpriv", "--bounding-set", "-dac_override,-dac_read_search"]
+    if not shutil.which("setpriv") or subprocess.run([*prefix, "true"], capture_output=True).returncode != 0:
+        pytest.skip("root may read and write everything, and setpriv cannot take that from it here")
+    return prefix
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "message", "code"),
+    [
+        ("train", "data.train[0].path={}/rows.jsonl", "rows.jsonl: cannot be read: Permission denied", 2),
+        ("train", "model.name_or_path={}", "config.json: cannot be read: Permission denied", 2),
+        ("train", "output_dir={}/run", "run: cannot be written: Permission denied", 1),
+        ("eval", "{}/adapter", "adapter: Permission denied. Mend its permissions, or name another place.", 1),
+    ],
+    ids=["data", "model", "output", "adapter"],
+)
+def test_a_folder_without_permission(recipe_file, tmp_path, tiny_model, command, option, message, code):
+    locked = shutil.copytree(tiny_model, tmp_path / "locked")
+    settings = ["--set" if command == "train" else "--adapter", option.format(locked)]
+    arguments = [*without_rights(), sys.executable, "-m", "qlora_cli", command, str(recipe_file), *settings]
+    locked.chmod(0)
+    try:
+        ended = subprocess.run(arguments, capture_output=True, text=True)
+    finally:
+        locked.chmod(0o700)
+    check_refused(Ended(ended.returncode, ended.stdout, ended.stderr), message, code)
+
+
+def test_a_data_file_without_permission(recipe_file, tmp_path):
     path = write_rows(tmp_path / "rows.jsonl", conversation("hi", "ho"))
     path.chmod(0)
-    if os.geteuid() == 0:
-        pytest.skip("root may read everything")
-    ended = subprocess.run(
-        [sys.executable, "-m", "qlora_cli", "train", str(recipe_file), "--set", f"data.train[0].path={path}"],
-        capture_output=True, text=True,
-    )  # fmt: skip
-    assert ended.returncode == 2
-    assert "cannot be read" in ended.stderr
+    arguments = [*without_rights(), sys.executable, "-m", "qlora_cli", "train", str(recipe_file)]
+    ended = subprocess.run([*arguments, "--set", f"data.train[0].path={path}"], capture_output=True, text=True)
+    check_refused(Ended(ended.returncode, ended.stdout, ended.stderr), "rows.jsonl: cannot be read: Permission denied")
 
 
 def test_an_output_folder_that_holds_another_run(finished, recipe_file, qlora):

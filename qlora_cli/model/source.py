@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,8 @@ def locate(model: Model) -> Path:
     Raises UserError where it is missing, holds no weights, holds only pickles, or is quantised already.
     """
     folder = Path(model.name_or_path)
-    if not folder.is_dir():
-        if folder.exists():
+    if not os.path.isdir(folder):
+        if os.path.exists(folder):
             raise UserError(folder, "the base model must be a folder, this is a file", "set model.name_or_path")
         if model.name_or_path.startswith((".", "/", "~")) or model.name_or_path.count("/") > 1:
             raise UserError(folder, "no such folder", "set model.name_or_path to a model folder or a hub id")
