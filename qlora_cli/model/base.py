@@ -205,10 +205,20 @@ def check_complete(folder: Path, info: dict[str, Any]) -> None:
     )
 
 
-def check_skipped(model: nn.Module, skip_modules: list[str] | str) -> None:
-    """Refuses a name in `skip_modules` that matches no module; lm_head may, since not every model has one."""
+def check_skipped(model: Any, skip_modules: list[str] | str) -> None:
+    """Refuses a name in `skip_modules` that matches no module, and a list without a head that is tied.
+
+    lm_head may match nothing, since not every model has a module of that name.
+    """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
+    for name, module in quantized_modules(model).items():
+        if module is model.get_output_embeddings() and getattr(model.config, "tie_word_embeddings", False):
+            raise UserError(
+                "quantization.skip_modules",
+                f"{name} shares its weight with the embedding, so it cannot be quantised",
+                f"put {name} into the list",
+            )
     names = [name for name, _ in model.named_modules() if name]
     for entry in [skip_modules] if isinstance(skip_modules, str) else skip_modules:
         if entry != "lm_head" and all(should_convert_module(name, [entry]) for name in names):

@@ -19,7 +19,7 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.tasks.causal_lm import Batch, collate
 from qlora_cli.train.checkpoint import Progress, save_checkpoint
 from qlora_cli.train.optimizers import set_learning_rate
-from qlora_cli.train.publish import publish_adapter
+from qlora_cli.train.publish import base_name, publish_adapter
 from qlora_cli.train.run import Run, append_metrics
 from qlora_cli.train.schedules import lr_factor
 from qlora_cli.train.session import Report, Session, prepare, rows_per_step
@@ -163,7 +163,7 @@ def save(session: Session) -> None:
     if session.accelerator.is_main_process:
         progress = Progress(session.step, random, session.logged)
         keep = session.recipe.training.save_total_limit
-        name = session.recipe.model.name_or_path
+        name = base_name(session.recipe)
         save_checkpoint(session.run.checkpoints, session.model, session.optimizer, progress, name, keep)
     session.accelerator.wait_for_everyone()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,18 @@ def publish_adapter(folder: Path, model: Any, base: Base, recipe: Recipe, steps:
     """Writes the adapter folder, whole or not at all; PEFT and vLLM load it as it is."""
 
     def write(place: Path) -> None:
-        save_adapter(model, place, recipe.model.name_or_path)
+        save_adapter(model, place, base_name(recipe))
         base.tokenizer.chat_template = trained_template(recipe, base)
         base.tokenizer.save_pretrained(place)
         (place / "README.md").write_text(card(recipe, base, steps))
 
     return publish(folder, write)
+
+
+def base_name(recipe: Recipe) -> str:
+    """How an adapter folder names its base: the hub id, or the folder's whole path, so that PEFT finds it anywhere."""
+    name = recipe.model.name_or_path
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def trained_template(recipe: Recipe, base: Base) -> str | None:

@@ -73,6 +73,15 @@ def test_a_skipped_name_that_matches_nothing_is_refused(make_recipe):
     load_base(make_recipe(quantization={"skip_modules": []}), CPU)
 
 
+def test_a_tied_head_cannot_be_quantised(make_recipe, tmp_path):
+    folder = write_tiny_model(tmp_path / "tied", tie_word_embeddings=True)
+    recipe = make_recipe(model={"name_or_path": str(folder)}, quantization={"skip_modules": []})
+    with pytest.raises(
+        UserError, match=r"skip_modules: lm_head shares its weight with the embedding.* Put lm_head into"
+    ):
+        load_base(recipe, CPU)
+
+
 def test_a_revision_of_a_folder_is_refused(make_recipe, tiny_model):
     recipe = make_recipe(model={"name_or_path": str(tiny_model), "revision": "main"})
     with pytest.raises(UserError, match=r"model\.revision: 'main' is set, but .* is a folder"):
