@@ -118,7 +118,9 @@ def train(
     ] = "auto",
     max_steps: Annotated[
         int | None,
-        typer.Option(help="Pause with a checkpoint after so many steps; the same command goes on to the end.", min=1),
+        typer.Option(
+            help="Pause with a checkpoint after so many steps; without it the command goes on to the end.", min=1
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -147,7 +149,11 @@ def train(
         if as_json:
             print_json({"adapter": str(adapter), "finished": finished})
         else:
-            print(adapter if finished else f"paused; the same command goes on from {adapter.parent / 'checkpoints'}")
+            print(
+                adapter
+                if finished
+                else f"paused; without --max-steps the command goes on from {adapter.parent / 'checkpoints'}"
+            )
 
 
 @app.command("eval")

@@ -20,6 +20,7 @@ from qlora_cli.model.adapter import load_adapter
 from qlora_cli.model.base import AUTO_CLASSES, Base, default_device, find_base, fingerprint, load_base, quiet_loading
 from qlora_cli.recipe import Recipe
 from qlora_cli.train import loop
+from qlora_cli.train.checkpoint import MANIFEST, fault
 from qlora_cli.train.run import Run, check_resume, claim, locked, read_facts, replace_text
 from qlora_cli.train.session import Report, encode_role, say_base
 from qlora_cli.train.signals import Interrupted
@@ -40,15 +41,16 @@ def train(
 
     Beside the main process, the others of a launch neither lock nor write the run folder.
     """
+    others = Run(Path(recipe.output_dir))
     if not main_process:
-        return loop.train(recipe, Run(Path(recipe.output_dir)), report, pause_at=pause_at, resume=resume)
+        return others.adapter if others.adapter.exists() else loop.train(recipe, others, report, pause_at, resume)
     with locked(Path(recipe.output_dir)) as run:
         claim(run, recipe, recipe_text)
         check_resume(run, resume)
         if run.adapter.exists():
             report.say(f"done     {run.adapter} is there already: this run has finished")
             return run.adapter
-        return loop.train(recipe, run, report, pause_at=pause_at, resume=resume)
+        return loop.train(recipe, run, report, pause_at, resume)
 
 
 def evaluate(
@@ -63,8 +65,13 @@ def evaluate(
     adapter = adapter or run.adapter
     if not adapter.exists() and not may_be_absent:
         raise UserError(adapter, "no adapter there", "run `qlora train`, or measure the base alone with --baseline")
+    refuse_damaged(adapter)
     if not recipe.data.eval:
-        raise UserError("data.eval", "no held-out data", "name a file of rows that are not trained on")
+        raise UserError(
+            "data.eval",
+            "no held-out data",
+            "name rows that are not trained on: --set 'data.eval=[{path: heldout.jsonl}]'",
+        )
     found = find_base(recipe)
     examples = encode_role(recipe, found, "eval", report)
     base = load_base(recipe, default_device(), found)
@@ -146,6 +153,7 @@ def merge(
     facts = read_facts(run)
     if not facts or not run.adapter.exists():
         raise UserError(run.folder, "no finished run there (no adapter/)", "run `qlora train` to its end first")
+    refuse_damaged(run.adapter)
     out = out or run.folder / "merged"
     refuse_overwriting(out)
     unmerged = measure_unmerged(recipe, run, report)
@@ -163,7 +171,7 @@ def merge(
     )
     report.say(f"merged   {merged.num_changed} of {merged.num_tensors} tensors in {merged.seconds:.1f} s; comparing")
     with quiet_loading():
-        model = load_folder(recipe, out, chosen, unmerged.device)
+        model = load_folder(recipe, out, chosen, roomy_device(unmerged.device, merged.num_bytes))
     difference = compare(unmerged.logits, logits_of(model, unmerged.rows, MEASURED_POSITIONS))
     result = {
         "out": str(out),
@@ -176,6 +184,12 @@ def merge(
     }
     replace_text(out / "merge.json", json.dumps(result, indent=1))
     return result
+
+
+def refuse_damaged(adapter: Path) -> None:
+    """Refuses an adapter folder whose files are not those that its manifest signs; another tool's has no manifest."""
+    if (adapter / MANIFEST).exists() and (reason := fault(adapter)):
+        raise UserError(adapter, reason, "train again, or take the adapter out of the newest checkpoint")
 
 
 def refuse_overwriting(out: Path) -> None:
@@ -195,6 +209,13 @@ def measure_unmerged(recipe: Recipe, run: Run, report: Report) -> Unmerged:
     with base.compute():
         logits = logits_of(model, rows, MEASURED_POSITIONS)
     return Unmerged(base.folder, base.compute_dtype, base.device, rows, logits)
+
+
+def roomy_device(device: torch.device, num_bytes: int) -> torch.device:
+    """`device`, or the CPU where a GPU lacks the memory: the merged model is four times the size of the 4-bit one."""
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.2 * num_bytes:
+        return torch.device("cpu")
+    return device
 
 
 def load_folder(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

@@ -220,6 +220,16 @@ def test_the_merged_folder_generates_the_unmerged_models_text(finished, tmp_path
         assert torch.equal(unmerged.generate(input_ids=ids, **settings), merged.generate(input_ids=ids, **settings))
 
 
+def test_a_damaged_adapter_is_neither_measured_nor_merged(finished, tmp_path, qlora):
+    run = shutil.copytree(finished, tmp_path / "run")
+    path = run / "adapter" / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    for command in ("eval", "merge"):
+        check_refused(qlora(command, run), "adapter: adapter_model.safetensors has changed since it was written")
+
+
 def test_merge_refuses_to_overwrite(finished, tmp_path, qlora):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
@@ -330,6 +340,12 @@ def test_a_row_longer_than_the_limit(recipe_file, tmp_path, qlora):
     ended = qlora("train", recipe_file, "--set", f"data.train[0].path={path}")
     check_refused(ended, "rows.jsonl:2: the row has")
     assert "data.max_length is 256" in ended.err
+
+
+def test_a_row_beyond_the_models_positions(recipe_file, tmp_path, qlora):
+    path = write_rows(tmp_path / "rows.jsonl", conversation("hi", "ho"), conversation("hi", "ho" * 400))
+    settings = ["--set", f"data.train[0].path={path}", "--set", "data.max_length=2048"]
+    check_refused(qlora("train", recipe_file, *settings), "rows.jsonl:2: the row has ")
 
 
 def test_a_model_folder_without_weights(recipe_file, tmp_path, tiny_model, qlora):

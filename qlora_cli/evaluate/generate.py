@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,46 +53,47 @@ def batches_of_one_length(examples: Sequence[Example], size: int) -> Iterator[li
 
 @torch.no_grad()
 def generate_answers(
-    base: Base,
-    model: Any,
-    examples: Sequence[Example],
-    batch_size: int,
-    max_new_tokens: int,
-    on_batch: Callable[[int], None] = lambda done: None,
+    base: Base, model: Any, examples: Sequence[Example], batch_size: int, max_new_tokens: int
 ) -> list[Answer]:
     """Greedy answers to every example that has a prompt; decoding ends at a stop token of the base."""
-    training = model.training
-    model.eval()
     answers: list[Answer] = []
-    for batch in batches_of_one_length(examples, batch_size):
-        pairs = [pair for example in batch if (pair := prompt_and_reference(example)) is not None]
-        prompts = torch.tensor([prompt for prompt, _ in pairs], device=base.device)
-        with base.compute():
-            output = model.generate(
-                input_ids=prompts,
-                attention_mask=torch.ones_like(prompts),
-                max_new_tokens=max_new_tokens,
-                do_sample=False,
-                num_beams=1,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                use_cache=True,
-                eos_token_id=sorted(base.stop_token_ids),
-                pad_token_id=base.tokenizer.eos_token_id,
-            )
-        for example, (prompt, reference), tokens in zip(batch, pairs, output.tolist(), strict=True):
-            answers.append(
-                Answer(
-                    example.where,
-                    _text(base, prompt, skip=False),
-                    _text(base, reference),
-                    _text(base, _until_stop(base, tokens[len(prompt) :])),
-                )
-            )
-        on_batch(len(answers))
-    model.train(training)
+    with plain_greedy(base, model, max_new_tokens):
+        for batch in batches_of_one_length(examples, batch_size):
+            pairs = [pair for example in batch if (pair := prompt_and_reference(example)) is not None]
+            prompts = torch.tensor([prompt for prompt, _ in pairs], device=base.device)
+            with base.compute():
+                output = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts))
+            for example, (prompt, reference), tokens in zip(batch, pairs, output.tolist(), strict=True):
+                generated = _text(base, _until_stop(base, tokens[len(prompt) :]))
+                prompt_text = _text(base, prompt, skip=False)
+                answers.append(Answer(example.where, prompt_text, _text(base, reference), generated))
     return answers
+
+
+@contextmanager
+def plain_greedy(base: Base, model: Any, max_new_tokens: int) -> Iterator[None]:
+    """Evaluation mode, and generation settings of ours inside the block; what was set before comes back after.
+
+    The base's own generation_config may sample, penalise repetition or return several answers, and transformers takes
+    from it whatever a call leaves out.
+    """
+    from transformers import GenerationConfig
+
+    before, training = base.model.generation_config, model.training
+    base.model.generation_config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        use_cache=True,
+        eos_token_id=sorted(base.stop_token_ids),
+        pad_token_id=base.tokenizer.eos_token_id,
+    )
+    model.eval()
+    try:
+        yield
+    finally:
+        base.model.generation_config = before
+        model.train(training)
 
 
 def exact_match(answers: Sequence[Answer]) -> float:

@@ -50,5 +50,5 @@ def held_out_loss(base: Base, model: Any, examples: Sequence[Example], batch_siz
 
 
 def exp(loss: float) -> float:
-    """e to the loss, infinite rather than an overflow error."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """e to the loss, infinite rather than an overflow error, and not a number where the loss is none."""
+    return math.inf if loss >= 700 else math.exp(loss)

@@ -12,6 +12,8 @@ from torch import nn
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.base import Base
 from qlora_cli.model.source import read_json
+from qlora_cli.quant.bitsandbytes import quantized_modules
+from qlora_cli.quant.linear4bit import reads_plainly
 from qlora_cli.recipe.schema import Adapter
 
 PEFT_TASKS = {"causal_lm": "CAUSAL_LM"}
@@ -30,7 +32,6 @@ def attach_adapter(base: Base, adapter: Adapter, task: str = "causal_lm") -> Any
     if adapter.from_ is not None:
         return load_adapter(base, Path(adapter.from_), trainable=True)
     targets = target_modules(base.model, adapter)
-    refuse_tied(base.model, [*adapter.modules_to_save, *([] if isinstance(targets, str) else targets)])
     config = peft.LoraConfig(
         task_type=PEFT_TASKS[task],
         r=adapter.r,
@@ -44,6 +45,7 @@ def attach_adapter(base: Base, adapter: Adapter, task: str = "causal_lm") -> Any
         rank_pattern=adapter.rank_pattern,
         alpha_pattern=adapter.alpha_pattern,
     )
+    check_config(base.model, config)
     model = peft.get_peft_model(base.model, config)
     check_patterns(model, adapter)
     return in_fp32(model)
@@ -55,11 +57,13 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
     Raises UserError where the folder is no readable LoRA adapter, or belongs to another architecture.
     """
     import peft
+    from safetensors.torch import load_file
 
     names = adapter_tensor_names(folder)
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
+        check_config(base.model, config)
         model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable, config=config)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -74,7 +78,11 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
             f"{len(odd)} tensors do not match the base, such as {odd[0]}",
             "use the base that the adapter was trained on",
         )
-    return in_fp32(model) if trainable else model
+    if trainable:
+        in_fp32(model)
+    # again, now into fp32: PEFT had loaded modules_to_save into copies in the base's dtype
+    peft.set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
+    return model
 
 
 def adapter_tensor_names(folder: Path) -> set[str]:
@@ -181,6 +189,28 @@ def check_patterns(model: Any, adapter: Adapter) -> None:
     for wanted in adapter.modules_to_save:
         if not any(_is_suffix(wanted, name) for name in modules):
             raise _no_match("adapter.modules_to_save", wanted, modules)
+
+
+def check_config(model: Any, config: Any) -> None:
+    """Refuses a LoraConfig, of the recipe or of an adapter folder, that PEFT would compute wrongly on this base."""
+    targets = [] if isinstance(config.target_modules, str) else list(config.target_modules)
+    refuse_tied(model, [*(config.modules_to_save or []), *targets])
+    quantized = quantized_modules(model)
+    for wanted in config.modules_to_save or []:
+        if any(_is_suffix(wanted, name) for name in quantized):
+            raise UserError(
+                "adapter.modules_to_save",
+                f"{wanted} is quantised, and what is trained in full must not be",
+                f"add {wanted} to quantization.skip_modules",
+            )
+    odd = [name for name, module in quantized.items() if not reads_plainly(module)]
+    if config.use_dora and odd:
+        raise UserError(
+            "adapter.use_dora",
+            f"PEFT's DoRA dequantises the base by itself, and would read {odd[0]} wrongly",
+            "use nf4 with rows of whole blocks, quantization.data_type: none, or plain LoRA",
+            Exit.REFUSED,
+        )
 
 
 def refuse_tied(model: Any, names: list[str]) -> None:

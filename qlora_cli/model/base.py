@@ -131,25 +131,11 @@ def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.d
     check_complete(folder, info)
     check_skipped(model, recipe.quantization.skip_modules)
     disarm_cpu_repacking(model)
-    refuse_dora(recipe, work_round_cpu_dequantize(model))
+    work_round_cpu_dequantize(model)
     if recipe.quantization.data_type != "none":
         check_share_quantized(model, recipe.quantization.skip_modules)
     model.requires_grad_(False)
     return model.eval()
-
-
-def refuse_dora(recipe: Recipe, reworked: list[str]) -> None:
-    """Refuses DoRA over layers that PEFT, which dequantises by itself, would read wrongly on a CPU.
-
-    reworked: the layers whose rows are no whole blocks, for which bitsandbytes' own dequantisation is wrong.
-    """
-    if recipe.adapter.use_dora and reworked:
-        raise UserError(
-            "adapter.use_dora",
-            f"bitsandbytes dequantises {reworked[0]} and its like wrongly on a CPU (rows are no whole blocks)",
-            "use quantization.data_type: none, or train on a GPU",
-            Exit.REFUSED,
-        )
 
 
 def _unloadable(folder: Path, error: Exception) -> UserError:

@@ -56,12 +56,16 @@ def download(model: Model) -> Path:
 def check_folder(folder: Path) -> None:
     """Refuses a folder from which no full-precision safetensors model can be loaded."""
     config = read_json(folder / "config.json", "a transformers model folder needs it")
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
         raise UserError(
             folder / "config.json",
             f"the checkpoint is already quantised ({method}), which is not available yet",
             "start from the full-precision checkpoint",
+        )
+    if config.get("is_encoder_decoder"):
+        raise UserError(
+            folder / "config.json", "an encoder-decoder model, which is not available yet", "use a decoder-only model"
         )
     shards = sorted(folder.glob("*.safetensors"))
     for shard in shards:

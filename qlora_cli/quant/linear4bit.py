@@ -61,3 +61,11 @@ def work_round_cpu_dequantize(model: nn.Module) -> list[str]:
             module.__class__ = Linear4bitByBlocks
             swapped.append(name)
     return swapped
+
+
+def reads_plainly(module: nn.Module) -> bool:
+    """Whether PEFT, which dequantises a layer by itself for DoRA, reads its weight rightly.
+
+    Not where bitsandbytes' own dequantisation is wrong, and not int8, whose scales leave the weight in its first pass.
+    """
+    return type(module) is Linear4bit

@@ -115,8 +115,17 @@ def checkpoints(folder: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def step_of(checkpoint: Path) -> int:
+    """The step in a checkpoint's state.json."""
+    step: int = json.loads((checkpoint / "state.json").read_bytes())["step"]
+    return step
+
+
 def fault(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, "" if its manifest verifies."""
+    """What is wrong with a checkpoint, "" if its manifest verifies.
+
+    Raises UserError where the disk fails to read it, which proves nothing against the checkpoint.
+    """
     try:
         described = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
         for name, facts in described.items():
@@ -127,8 +136,12 @@ def fault(checkpoint: Path) -> str:
                 return f"{name} has {path.stat().st_size} bytes, {facts['size']} were written"
             if sha256(path) != facts["sha256"]:
                 return f"{name} has changed since it was written"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
     except OSError as error:
-        return f"{MANIFEST} cannot be read: {error.strerror}"
+        raise UserError(
+            checkpoint, f"cannot be read: {error.strerror}", "mend the disk or the permissions", Exit.FAILED
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is damaged"
     return ""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from qlora_cli.data.order import Window, micro_batches, share_of, steps_per_epoch, windows
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.evaluate.loss import held_out_loss
+from qlora_cli.model.base import readable_bytes
 from qlora_cli.recipe import Recipe
 from qlora_cli.tasks.causal_lm import Batch, collate
 from qlora_cli.train.checkpoint import Progress, save_checkpoint
@@ -27,7 +27,7 @@ from qlora_cli.train.signals import Interrupted, asked_to_stop
 from qlora_cli.train.step import accumulate, clip, deterministic_kernels, random_state, sum_over_processes
 
 
-def train(recipe: Recipe, run: Run, report: Report, *, pause_at: int | None = None, resume: str = "auto") -> Path:
+def train(recipe: Recipe, run: Run, report: Report, pause_at: int | None = None, resume: str = "auto") -> Path:
     """Finetunes and returns the adapter folder; continues where `run` has a valid checkpoint.
 
     pause_at: stop with a checkpoint after so many steps; the schedule stays that of the whole run.
@@ -39,6 +39,8 @@ def train(recipe: Recipe, run: Run, report: Report, *, pause_at: int | None = No
         report.begin(session.step, session.total_steps)
         try:
             take_steps(session, last_step)
+        except torch.OutOfMemoryError as error:
+            raise out_of_memory(session, error) from error
         finally:
             report.end()
         if session.step == session.total_steps and session.accelerator.is_main_process:
@@ -51,19 +53,31 @@ def train(recipe: Recipe, run: Run, report: Report, *, pause_at: int | None = No
 def take_steps(session: Session, last_step: int) -> None:
     """Optimizer steps up to `last_step`, with what falls due between them: metrics, evaluations, checkpoints."""
     training = session.recipe.training
-    alone = session.accelerator.num_processes == 1
-    with asked_to_stop(session.report.say) if alone else nullcontext(lambda: None) as stop_code:
+    with asked_to_stop(session.report.say) as stop_code:
         for window in windows_left(session, last_step):
-            take_step(session, window)
-            last, code = session.step == last_step, stop_code()
+            code = take_step(session, window, stop_code)
+            last = session.step == session.total_steps
             if last or session.step % training.logging_steps == 0:
                 log_metrics(session, window)
             if session.eval_set.rows and (last or session.step % training.eval_steps == 0):
                 evaluate(session)
-            if last or code or session.step % training.save_steps == 0:
+            if session.step == last_step or code or session.step % training.save_steps == 0:
                 save(session)
             if code:
                 raise Interrupted(code)
+
+
+def out_of_memory(session: Session, error: torch.OutOfMemoryError) -> UserError:
+    """What did not fit, and which keys make it smaller."""
+    longest = max(row.num_tokens for row in session.train_set.rows)
+    peak = readable_bytes(memory_bytes(session.base.device))
+    return UserError(
+        f"step {session.step + 1}",
+        f"out of memory at a peak of {peak}, the longest row has {longest:,} tokens: {str(error).splitlines()[0]}",
+        "lower training.micro_batch_size or data.max_length, or set training.gradient_checkpointing: true; "
+        "the last checkpoint is untouched",
+        Exit.FAILED,
+    )
 
 
 def windows_left(session: Session, last_step: int) -> Iterator[Window]:
@@ -72,15 +86,15 @@ def windows_left(session: Session, last_step: int) -> Iterator[Window]:
     return windows(num_rows, rows_per_step(session), seed, last_step, session.step)
 
 
-def take_step(session: Session, window: Window) -> None:
-    """One optimizer step over the window's rows."""
+def take_step(session: Session, window: Window, stop_code: Callable[[], Exit | None]) -> Exit | None:
+    """One optimizer step over the window's rows; returns the signal that any process received before its end."""
     training = session.recipe.training
     rows = [session.train_set.rows[index] for index in window.rows]
     num_tokens = sum(row.num_trained for row in rows)
     set_learning_rate(session.optimizer, training.learning_rate * lr_factor(training, window.step, session.total_steps))
     loss = accumulate(session.base, session.model, batches(session, window), num_tokens)
     parameters = [p for group in session.optimizer.param_groups for p in group["params"]]
-    loss = sum_over_processes(session.accelerator, parameters, loss)
+    loss, code = sum_over_processes(session.accelerator, parameters, loss, stop_code())
     grad_norm = clip(parameters, training.max_grad_norm)
     refuse_nonfinite(session, window, loss, grad_norm)
     session.optimizer.step()
@@ -91,6 +105,7 @@ def take_step(session: Session, window: Window) -> None:
     session.logged["grad_norm"] = grad_norm.item()
     session.trained_tokens += num_tokens
     session.report.advance(session.step)
+    return code
 
 
 def batches(session: Session, window: Window) -> Iterator[Batch]:

@@ -102,7 +102,7 @@ def claim(run: Run, recipe: Recipe, recipe_text: bytes) -> None:
     resolved = dump_recipe(recipe)
     if run.resolved.exists():
         different = differences(yaml.safe_load(run.resolved.read_text()), yaml.safe_load(resolved))
-        if different:
+        if different and has_progress(run):  # else nothing was trained there: a first attempt that failed
             raise UserError(
                 f"output_dir: {run.folder}",
                 f"holds another run: {'; '.join(different[:5])}",
@@ -120,6 +120,11 @@ def claim(run: Run, recipe: Recipe, recipe_text: bytes) -> None:
     replace_text(run.resolved, resolved)
 
 
+def has_progress(run: Run) -> bool:
+    """Whether anything trained lies in the run folder."""
+    return bool(checkpoints(run.checkpoints)) or run.adapter.exists()
+
+
 def differences(before: Any, now: Any, place: str = "") -> list[str]:
     """The keys in which two resolved recipes differ, but for those that may: 'training.seed: 1 there, 2 here'."""
     if place in MAY_CHANGE or before == now:
@@ -133,8 +138,14 @@ def differences(before: Any, now: Any, place: str = "") -> list[str]:
 
 
 def check_resume(run: Run, resume: str) -> None:
-    """Applies `--resume never`, which starts anew and therefore refuses a folder that already has progress."""
-    if resume == "never" and (checkpoints(run.checkpoints) or run.adapter.exists()):
+    """Checks `--resume` before anything is loaded: never starts anew and refuses a folder that has progress."""
+    if resume not in ("auto", "never") and not (Path(resume) / "manifest.json").is_file():
+        raise UserError(
+            f"--resume {resume}",
+            "no checkpoint there (no manifest.json)",
+            "give auto, never or a checkpoints/step-NNNNNN",
+        )
+    if resume == "never" and has_progress(run):
         raise UserError(
             f"output_dir: {run.folder}",
             "holds the progress of an earlier run, which --resume never would lose",

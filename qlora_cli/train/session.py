@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,10 +17,10 @@ from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import Base, Found, find_base, fingerprint, load_base
 from qlora_cli.recipe import Recipe
-from qlora_cli.train.checkpoint import fault, load_checkpoint, newest_valid
-from qlora_cli.train.facts import run_facts
+from qlora_cli.train.checkpoint import fault, load_checkpoint, newest_valid, step_of
+from qlora_cli.train.facts import digest_of_rows, run_facts
 from qlora_cli.train.optimizers import build_optimizer
-from qlora_cli.train.run import Run, metrics_until, write_facts
+from qlora_cli.train.run import TRAINED_ON, Run, metrics_until, read_facts, write_facts
 from qlora_cli.train.step import restore_random_state, seed_everything
 
 
@@ -62,6 +63,7 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     eval_set = encode_role(recipe, found, "eval", report)
     base = load_base(recipe, accelerator.device, found)
     say_base(report, recipe, base)
+    refuse_beyond_context(base, train_set, eval_set)
     base_digest = fingerprint(base.model)
 
     seed_everything(training.seed)  # before the adapter: its A matrices are random
@@ -76,6 +78,7 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     if accelerator.is_main_process:
         write_facts(run, run_facts(recipe, base, base_digest, train_set))
     restore(session, resume)
+    check_agreement(session, base_digest)
     seed_processes(session)
     checkpoint_activations(session)
     return session
@@ -88,6 +91,18 @@ def encode_role(recipe: Recipe, base: Found, role: Role, report: Report) -> Exam
     for line in examples.summary() if examples.rows else []:
         report.say(f"{role:<8} {line}")
     return examples
+
+
+def refuse_beyond_context(base: Base, *sets: Examples) -> None:
+    """Refuses rows of more tokens than the model has positions: it was never trained to read so far."""
+    context = getattr(base.model.config, "max_position_embeddings", None)
+    too_long = [row for examples in sets for row in examples.rows if context and row.num_tokens > context]
+    if too_long:
+        raise UserError(
+            too_long[0].where,
+            f"the row has {too_long[0].num_tokens:,} tokens, the model {context:,} positions ({len(too_long):,} such rows)",
+            f"set data.max_length: {context} and data.on_long_row to truncate or skip",
+        )
 
 
 def say_base(report: Report, recipe: Recipe, base: Base) -> None:
@@ -140,12 +155,26 @@ def restore(session: Session, resume: str) -> None:
     if resume not in ("auto", "never"):
         newest = chosen_checkpoint(run, Path(resume), newest)
     if newest is not None:
+        check_belongs(newest, session)
         progress = load_checkpoint(newest, session.model, session.optimizer, accelerator.num_processes)
         session.step, session.logged = progress.step, progress.logged
         restore_random_state(progress.random[accelerator.process_index])
         session.report.say(f"resume   {newest}, step {session.step} of {session.total_steps}")
     if accelerator.is_main_process:
         metrics_until(run, session.step)
+
+
+def check_belongs(checkpoint: Path, session: Session) -> None:
+    """Refuses a checkpoint of another run: other base, tokenizer, template or data, or beyond this run's last step."""
+    theirs, ours = read_facts(Run(checkpoint.parent.parent)), read_facts(session.run)
+    assert ours is not None, "run.json is written before a checkpoint is looked for"
+    for name, what in TRAINED_ON.items():
+        if theirs and theirs["fingerprints"][name] != ours["fingerprints"][name]:
+            raise UserError(checkpoint, f"{what} of its run is another", "name a checkpoint of this very run")
+    if (step := step_of(checkpoint)) > session.total_steps:
+        raise UserError(
+            checkpoint, f"is of step {step}, and this run ends at {session.total_steps}", "raise training.max_steps"
+        )
 
 
 def chosen_checkpoint(run: Run, wanted: Path, newest: Path | None) -> Path:
@@ -161,8 +190,32 @@ def chosen_checkpoint(run: Run, wanted: Path, newest: Path | None) -> Path:
     return wanted
 
 
+def check_agreement(session: Session, base_digest: str) -> None:
+    """Refuses processes that stand at different steps, or on other weights or data: their sum would be no gradient.
+
+    It happens where two machines do not share the run folder, or hold different copies of a model.
+    """
+    from accelerate.utils import gather_object
+
+    if session.accelerator.num_processes == 1:
+        return
+    weights = hashlib.sha256()
+    for parameter in session.model.parameters():
+        if parameter.requires_grad:
+            weights.update(parameter.detach().cpu().numpy().tobytes())
+    mine = (session.step, base_digest, digest_of_rows(session.train_set), weights.hexdigest())
+    everyone = gather_object([mine])
+    for what, seen in zip(("step", "base model", "training data", "adapter"), zip(*everyone, strict=True), strict=True):
+        if len(set(seen)) > 1:
+            raise UserError(
+                f"output_dir: {session.run.folder}",
+                f"the processes disagree on the {what}: {', '.join(map(str, seen[:4]))}",
+                "put the run folder, the model and the data where every machine sees the same",
+            )
+
+
 def seed_processes(session: Session) -> None:
-    """Gives every process its own dropout, and all of them the adapter of the first."""
+    """Gives every process its own dropout; the adapter was drawn from the recipe's seed on all of them."""
     rank = session.accelerator.process_index
     if session.step == 0 and session.accelerator.num_processes > 1:
         seed_everything(session.recipe.training.seed + rank)

@@ -10,8 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qlora_cli.errors import Exit
 from qlora_cli.model.base import Base
 from qlora_cli.tasks.causal_lm import Batch, token_loss_sum, trained_logits
+
+STOPS = (Exit.SIGTERM, Exit.SIGINT)
+"""Exit codes of the signals that end a run after the step in hand."""
 
 
 def seed_everything(seed: int) -> None:
@@ -40,7 +44,7 @@ def accumulate(base: Base, model: Any, batches: Iterable[Batch], num_tokens: int
 
     num_tokens: trained tokens of the whole step, over all micro-batches and processes. Each micro-batch contributes
     its summed loss divided by it, so the sum is the token-weighted mean however the rows are split.
-    Returns a () float32 tensor on the device: no synchronisation.
+    Returns a () float32 tensor on the device.
     """
     total = torch.zeros((), device=base.device)
     for batch in batches:
@@ -52,25 +56,31 @@ def accumulate(base: Base, model: Any, batches: Iterable[Batch], num_tokens: int
     return total
 
 
-def sum_over_processes(accelerator: Any, parameters: Sequence[Tensor], loss: Tensor) -> Tensor:
-    """Sums the gradients and the loss over all processes, in one exchange.
+def sum_over_processes(
+    accelerator: Any, parameters: Sequence[Tensor], loss: Tensor, signal: Exit | None = None
+) -> tuple[Tensor, Exit | None]:
+    """Sums the gradients and the loss over all processes, in one exchange that also tells of a signal.
 
     Each process divided by the tokens of all, so the sum is the gradient that one process would have had.
     A process whose share of a short last window is empty takes part with zeros.
+    signal: the exit code of a signal that this process received. Returns the loss and, on every process alike, the code
+    of a signal that any of them received, so that all stop after the same step.
     """
     if accelerator.num_processes == 1:
-        return loss
+        return loss, signal
     for parameter in parameters:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-    flat = torch.cat([loss.reshape(1), *(p.grad.reshape(-1) for p in parameters if p.grad is not None)])
+    told = torch.tensor([float(signal == code) for code in STOPS], device=loss.device)
+    flat = torch.cat([told, loss.reshape(1), *(p.grad.reshape(-1) for p in parameters if p.grad is not None)])
     flat = accelerator.reduce(flat, reduction="sum")
-    start = 1
+    start = len(STOPS) + 1
     for parameter in parameters:
         assert parameter.grad is not None
         parameter.grad.copy_(flat[start : start + parameter.numel()].view_as(parameter))
         start += parameter.numel()
-    return flat[0]
+    received = [code for code, count in zip(STOPS, flat[: len(STOPS)].tolist(), strict=True) if count]
+    return flat[len(STOPS)], received[0] if received else None
 
 
 def clip(parameters: Sequence[Tensor], max_grad_norm: float) -> Tensor:

@@ -45,6 +45,17 @@ def test_answers_equal_a_plain_greedy_loop_for_every_batch_size(ready):
         assert {answer.where: answer.generated for answer in answers} == expected
 
 
+def test_the_bases_own_generation_settings_do_not_matter(ready, monkeypatch):
+    from transformers import GenerationConfig
+
+    base, rows = ready
+    plain = generate_answers(base, base.model, rows[:4], 4, 12)
+    odd = GenerationConfig(repetition_penalty=5.0, num_return_sequences=2, do_sample=True, min_new_tokens=9)
+    monkeypatch.setattr(base.model, "generation_config", odd)
+    assert generate_answers(base, base.model, rows[:4], 4, 12) == plain
+    assert base.model.generation_config is odd
+
+
 def test_prompt_and_reference_are_the_last_answers():
     ignore = IGNORE_INDEX
     two_turns = Example([5, 6, 7, 8, 9, 4], [ignore, 6, ignore, ignore, 9, ignore], "here")

@@ -180,6 +180,39 @@ def test_from_continues_an_adapter_with_its_weights_trainable(saved, make_recipe
     assert all(torch.equal(got[name], expected[name]) for name in expected)
 
 
+def test_a_quantised_module_cannot_be_trained_in_full(attach):
+    with pytest.raises(UserError, match=r"q_proj is quantised, .* Add q_proj to quantization\.skip_modules"):
+        attach(modules_to_save=["q_proj"])
+
+
+@pytest.mark.parametrize(("quantization", "width"), [({"data_type": "int8"}, 64), ({"data_type": "nf4"}, 80)])
+def test_dora_is_refused_where_peft_would_misread_the_base_also_from_a_folder(
+    attach, make_recipe, tmp_path, quantization, width
+):
+    folder = write_tiny_model(tmp_path / "model", hidden_size=width, intermediate_size=2 * width)
+    plain = make_recipe(
+        model={"name_or_path": str(folder)}, quantization={"data_type": "none"}, adapter={"use_dora": True}
+    )
+    save_adapter(attach_adapter(load_base(plain, CPU), plain.adapter), tmp_path / "dora", str(folder))
+    quantised = make_recipe(model={"name_or_path": str(folder)}, quantization=quantization)
+    with pytest.raises(UserError, match=r"DoRA dequantises the base by itself, and would read .* wrongly") as error:
+        load_adapter(load_base(quantised, CPU), tmp_path / "dora")
+    assert error.value.code == Exit.REFUSED
+
+
+def test_a_continued_adapter_keeps_every_bit_of_its_fp32_file(attach, make_recipe, tmp_path):
+    """PEFT loads modules_to_save into copies in the base's dtype: bf16 here."""
+    model = attach(quantization={"compute_dtype": "bfloat16"}, modules_to_save=["lm_head"])
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter)
+    save_adapter(model, tmp_path / "adapter", "base")
+    recipe = make_recipe(adapter={"from": str(tmp_path / "adapter")}, quantization={"compute_dtype": "bfloat16"})
+    got = peft.get_peft_model_state_dict(attach_adapter(load_base(recipe, CPU), recipe.adapter))
+    for name, tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():
+        assert torch.equal(got[name], tensor), name
+
+
 def check_refused(folder: Path, make_recipe, message: str, code: Exit = Exit.USAGE) -> None:
     with pytest.raises(UserError, match=message) as error:
         load_adapter(load_base(make_recipe(), CPU), folder)

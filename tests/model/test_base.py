@@ -248,6 +248,13 @@ def test_a_quantised_checkpoint_is_not_available_yet(make_recipe, tiny_model, tm
     check_refused(make_recipe, folder, r"already quantised \(gptq\), which is not available yet")
 
 
+def test_an_encoder_decoder_is_not_available_yet(make_recipe, tiny_model, tmp_path):
+    folder = broken_copy(tiny_model, tmp_path)
+    config = json.loads((folder / "config.json").read_text()) | {"is_encoder_decoder": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    check_refused(make_recipe, folder, "an encoder-decoder model, which is not available yet")
+
+
 def test_a_tokenizer_beyond_the_embedding_is_refused(make_recipe, tmp_path):
     folder = write_tiny_model(tmp_path / "small", vocab_size=200, eos_token_id=2)
     check_refused(make_recipe, folder, r"largest id is \d+, the embedding has 200 rows")

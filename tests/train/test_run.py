@@ -50,11 +50,18 @@ def test_a_folder_with_other_files_is_refused(tmp_path, make_recipe):
 
 def test_another_run_in_the_folder_is_refused_naming_the_keys(tmp_path, make_recipe):
     claim(Run(tmp_path), make_recipe(), b"first")
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
     with pytest.raises(
         UserError, match=r"holds another run: adapter\.r is 4 there, 8 here; training\.seed is 7 there, 9"
     ):
         claim(Run(tmp_path), make_recipe(adapter={"r": 8}, training={"seed": 9}), b"second")
     assert (tmp_path / "recipe.yaml").read_bytes() == b"first"
+
+
+def test_a_first_attempt_that_trained_nothing_does_not_lock_the_folder(tmp_path, make_recipe):
+    claim(Run(tmp_path), make_recipe(), b"with a mistake")
+    claim(Run(tmp_path), make_recipe(data={"max_length": 99}), b"mended")
+    assert (tmp_path / "recipe.yaml").read_bytes() == b"mended"
 
 
 def test_the_same_run_is_welcome_and_may_change_how_it_is_watched(tmp_path, make_recipe):

@@ -7,6 +7,7 @@ import torch
 
 from qlora_cli.data.examples import load_examples
 from qlora_cli.data.order import micro_batches, share_of
+from qlora_cli.errors import Exit
 from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import load_base
 from qlora_cli.tasks.causal_lm import collate
@@ -127,7 +128,9 @@ def test_the_shares_of_two_processes_add_up_even_when_one_is_empty(trained_once)
     flat = torch.cat([torch.tensor([loss]), *(g.flatten() for g in whole)])
     for parameter in parameters_of(model):
         parameter.grad = None  # the process without a row
-    total = sum_over_processes(TwoProcesses(flat), parameters_of(model), torch.zeros(()))
+    flat = torch.cat([torch.tensor([0.0, 1.0]), flat])  # and the other one was interrupted
+    total, code = sum_over_processes(TwoProcesses(flat), parameters_of(model), torch.zeros(()))
+    assert code == Exit.SIGINT, "all processes stop when one is told to"
     assert total.item() == pytest.approx(loss)
     assert largest_relative_difference([p.grad for p in parameters_of(model)], whole) == 0.0
 
