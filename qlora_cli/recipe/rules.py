@@ -33,6 +33,18 @@ def length_limits_come_in_pairs(recipe: Recipe) -> Iterator[Problem]:
     yield Problem(("data", given), f"`{given}: {getattr(data, given)}` without `{absent}`", todo)
 
 
+def no_folder_called_tilde(recipe: Recipe) -> Iterator[Problem]:
+    """`~` in `output_dir`, `model.name_or_path` and `adapter.from` is the shell's: a recipe does not expand it."""
+    paths = {
+        ("output_dir",): recipe.output_dir,
+        ("model", "name_or_path"): recipe.model.name_or_path,
+        ("adapter", "from"): recipe.adapter.from_,
+    }
+    for place, path in paths.items():
+        if path is not None and path.startswith("~"):
+            yield Problem(place, f"`~` is not expanded in {show(path)}", "Write the whole path")
+
+
 def one_kind_of_length_limit(recipe: Recipe) -> Iterator[Problem]:
     """`data.max_length` is not given beside `source_max_length` and `target_max_length`."""
     data = recipe.data
@@ -121,6 +133,7 @@ def held_out_data_is_not_trained_on(recipe: Recipe) -> Iterator[Problem]:
 
 RULES: tuple[Rule, ...] = (
     length_limits_come_in_pairs,
+    no_folder_called_tilde,
     one_kind_of_length_limit,
     four_bit_settings_need_four_bits,
     nothing_is_skipped_where_nothing_is_quantised,

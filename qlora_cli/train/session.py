@@ -98,9 +98,10 @@ def refuse_beyond_context(base: Base, *sets: Examples) -> None:
     context = getattr(base.model.config, "max_position_embeddings", None)
     too_long = [row for examples in sets for row in examples.rows if context and row.num_tokens > context]
     if too_long:
+        first = too_long[0]
         raise UserError(
-            too_long[0].where,
-            f"the row has {too_long[0].num_tokens:,} tokens, the model {context:,} positions ({len(too_long):,} such rows)",
+            first.where,
+            f"the row has {first.num_tokens:,} tokens, the model {context:,} positions ({len(too_long):,} such rows)",
             f"set data.max_length: {context} and data.on_long_row to truncate or skip",
         )
 

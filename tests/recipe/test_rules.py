@@ -35,6 +35,8 @@ BROKEN = [
         "quantization.skip_modules",
         "`skip_modules: ['v_proj']` has no effect with `data_type: none`",
     ),
+    ("output_dir: ~/runs/x", "output_dir", "`~` is not expanded in '~/runs/x'"),
+    ("adapter: {from: ~/adapter}", "adapter.from", "`~` is not expanded in '~/adapter'"),
     (
         "quantization: {outlier_threshold: 0}",
         "quantization.outlier_threshold",

@@ -61,3 +61,6 @@ def test_two_processes_equal_one_with_the_same_global_batch(make_recipe, rows_fi
         assert theirs[name] == pytest.approx(ours[name], rel=1e-5)
     state = json.loads((tmp_path / "two" / "checkpoints" / "step-000006" / "state.json").read_text())
     assert state["processes"] == 2
+    again = launch(pair, tmp_path, processes=2)  # a finished run ends at once, on both processes
+    assert again.returncode == 0, again.stderr
+    assert "this run has finished" in again.stderr
