@@ -118,11 +118,13 @@ def samples(answers: dict[str, list[Answer]], count: int = 2) -> list[dict[str, 
     ]
 
 
-def say_if_another_base(run: Run, base: Base, report: Report) -> None:
-    """Tells where the base in memory is not byte for byte the one that the run was trained on."""
+def say_if_another_base(run: Run, base: Base, report: Report) -> bool:
+    """Tells where the base in memory is not the one that the run was trained on; returns whether it is."""
     facts = read_facts(run)
-    if facts and facts["fingerprints"]["base"] != fingerprint(base.model):
-        report.say("note     the base differs from the one trained on: other weights, data type, device or library")
+    same = facts is None or facts["fingerprints"]["base"] == fingerprint(base.model)
+    if not same:
+        report.say("note     the base differs from the one trained on: weights, config, data type, device or library")
+    return same
 
 
 @dataclass(frozen=True)
@@ -132,6 +134,7 @@ class Unmerged:
     folder: Path
     compute_dtype: torch.dtype
     device: torch.device
+    same_base: bool  # as the run was trained on
     rows: list[list[int]]
     logits: list[torch.Tensor]
 
@@ -177,6 +180,7 @@ def merge(
         "out": str(out),
         "adapter": str(run.adapter),
         "base": onto,
+        "same_base": unmerged.same_base,
         "dtype": str(chosen).removeprefix("torch."),
         "bytes": merged.num_bytes,
         "seconds": round(merged.seconds, 2),
@@ -203,12 +207,12 @@ def measure_unmerged(recipe: Recipe, run: Run, report: Report) -> Unmerged:
     found = find_base(recipe)
     examples = encode_role(recipe, found, "eval" if recipe.data.eval else "train", report)
     base = load_base(recipe, default_device(), found)
-    say_if_another_base(run, base, report)
+    same_base = say_if_another_base(run, base, report)
     rows = [row.input_ids for row in examples.rows[:16]]
     model = load_adapter(base, run.adapter)
     with base.compute():
         logits = logits_of(model, rows, MEASURED_POSITIONS)
-    return Unmerged(base.folder, base.compute_dtype, base.device, rows, logits)
+    return Unmerged(base.folder, base.compute_dtype, base.device, same_base, rows, logits)
 
 
 def roomy_device(device: torch.device, num_bytes: int) -> torch.device:

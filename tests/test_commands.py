@@ -187,6 +187,7 @@ def test_merge_writes_a_plain_transformers_folder_and_measures_it(finished, tmp_
     out = tmp_path / "merged"
     result = json.loads(qlora("merge", finished, "--out", out, "--base", base, "--json").out)
     assert json.loads((out / "merge.json").read_text()) == result
+    assert result["same_base"] is True
     difference = result["difference"]
     assert difference["positions"] > 100
     if base == "dequantized":

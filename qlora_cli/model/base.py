@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections import Counter
 from collections.abc import Iterator
@@ -258,14 +259,19 @@ def readable_bytes(size: int) -> str:
     return f"{size} B"
 
 
-def fingerprint(model: nn.Module) -> str:
-    """SHA-256 over every parameter of the base as stored: packed bytes and scales of the quantised ones.
+NOT_THE_FUNCTION = {"_name_or_path", "transformers_version", "quantization_config", "use_cache", "architectures"}
+"""Keys of a model's configuration that do not change what it computes, or that the stored tensors already tell."""
 
-    Two models with the same fingerprint compute the same function, whichever device quantised them.
+
+def fingerprint(model: Any) -> str:
+    """SHA-256 over the base as loaded: its configuration, and every tensor as stored, packed bytes and scales alike.
+
+    To be taken before the first forward pass: an int8 layer moves its scales there.
     """
-    total = hashlib.sha256()
+    config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_THE_FUNCTION}
+    total = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for kind, tensor in stored_tensors(model):
-        total.update(kind.encode())
+        total.update(f"|{kind} {tuple(tensor.shape)} {tensor.dtype}|".encode())
         data = tensor.detach().contiguous().flatten().view(torch.uint8).cpu()
         total.update(data.numpy().data)
     return total.hexdigest()

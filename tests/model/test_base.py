@@ -168,6 +168,15 @@ def test_fingerprint_tells_data_types_and_weights_apart(make_recipe, tmp_path):
     assert len(set(prints)) == 3
 
 
+def test_fingerprint_tells_configurations_apart(make_recipe, tiny_model, tmp_path):
+    folder = broken_copy(tiny_model, tmp_path)
+    same = fingerprint(load_base(make_recipe(), CPU).model)
+    assert fingerprint(load_base(make_recipe(model={"name_or_path": str(folder)}), CPU).model) == same, "a copy"
+    config = json.loads((folder / "config.json").read_text()) | {"rms_norm_eps": 0.1}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert fingerprint(load_base(make_recipe(model={"name_or_path": str(folder)}), CPU).model) != same
+
+
 def test_too_little_quantised_is_an_error_that_names_what_is_left(make_recipe):
     recipe = make_recipe(quantization={"skip_modules": ["lm_head", "up_proj"]})
     base = load_base(recipe, CPU)

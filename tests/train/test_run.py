@@ -75,6 +75,7 @@ def test_keys_that_may_change_exist(make_recipe):
     for key in MAY_CHANGE:
         place = values
         for part in key.split("."):
+            assert part in place, key
             place = place[part]
 
 
