@@ -156,6 +156,51 @@ def train(
             )
 
 
+@app.command()
+def preview(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    role: Annotated[Literal["train", "eval"], typer.Option(help="Training rows, or held-out ones.")] = "train",
+    row: Annotated[int | None, typer.Option(metavar="N", help="Show example N alone, whole; from 1.", min=1)] = None,
+    errors: Annotated[bool, typer.Option("--errors", help="List all bad rows instead; exit code 2 if any.")] = False,
+    page: Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write a page with 20 rows.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(metavar="N", help="Rows to show: 3, or one of each source; 0: none.", min=0)
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show rows as the model sees them, what is trained, and what an epoch costs; no weight is read.
+
+    Example: qlora preview my.yaml
+    """
+    from qlora_cli.recipe import load_recipe
+
+    with problems_as_json(as_json):
+        if errors and (row or page or limit is not None):
+            raise UserError("--errors", "lists the bad rows alone", "leave --row, --html and --limit out")
+        checked = load_recipe(recipe, overrides or ())
+        quiet_libraries(checked)
+        from qlora_cli import commands, display, report
+
+        if page:
+            report.refuse_foreign(page)
+            limit = commands.PAGE_ROWS if limit is None else limit
+        look = commands.bad_rows(checked, display.make_report(), role) if errors else None
+        result = look or commands.preview(checked, display.make_report(), role, row, limit)
+        if page:
+            report.write_page(page, result)
+    if as_json:
+        print_json(result)
+    elif page:
+        print(page)
+    elif errors:
+        display.print_bad_rows(result)
+    else:
+        display.print_preview(result)
+    if errors and result["problems"]:
+        raise typer.Exit(Exit.USAGE)
+
+
 @app.command("eval")
 def evaluate(
     target: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="A run folder, or a recipe.")],
@@ -221,7 +266,7 @@ def recipe_of(target: Path, overrides: list[str] | None) -> Recipe:
     resolved = target / "resolved.yaml"
     if not resolved.exists():
         raise UserError(target, "no run folder (no resolved.yaml)", "name the output_dir of a run, or a recipe")
-    return load_recipe(resolved, [*(overrides or ()), f"output_dir={json.dumps(str(target))}"])
+    return load_recipe(resolved, [*(overrides or ()), f"output_dir={json.dumps(str(target), ensure_ascii=False)}"])
 
 
 def quiet_libraries(recipe: Recipe) -> None:

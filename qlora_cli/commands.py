@@ -18,14 +18,16 @@ from qlora_cli.merge.difference import compare, logits_of
 from qlora_cli.merge.merge import merge_adapter
 from qlora_cli.model.adapter import load_adapter
 from qlora_cli.model.base import AUTO_CLASSES, Base, default_device, find_base, fingerprint, load_base, quiet_loading
+from qlora_cli.plan.preview import PAGE_ROWS, bad_rows, preview
 from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.remote import with_whole_paths
 from qlora_cli.train import loop
 from qlora_cli.train.checkpoint import MANIFEST, fault
-from qlora_cli.train.run import Run, check_resume, claim, locked, read_facts, replace_text
+from qlora_cli.train.run import Run, check_resume, claim, date_of, locked, read_facts, replace_text
 from qlora_cli.train.session import Report, encode_role, say_base
 from qlora_cli.train.signals import Interrupted
 
-__all__ = ["Interrupted", "evaluate", "merge", "train"]
+__all__ = ["PAGE_ROWS", "Interrupted", "bad_rows", "evaluate", "merge", "preview", "train"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Data types that a merged model can be written in."""
@@ -41,6 +43,7 @@ def train(
 
     Beside the main process, the others of a launch neither lock nor write the run folder.
     """
+    recipe = with_whole_paths(recipe)
     others = Run(Path(recipe.output_dir))
     if not main_process:
         return others.adapter if others.adapter.exists() else loop.train(recipe, others, report, pause_at, resume)
@@ -66,14 +69,14 @@ def evaluate(
     if not adapter.exists() and not may_be_absent:
         raise UserError(adapter, "no adapter there", "run `qlora train`, or measure the base alone with --baseline")
     refuse_damaged(adapter)
-    if not recipe.data.eval:
+    if not has_held_out(recipe):
         raise UserError(
             "data.eval",
             "no held-out data",
             "name rows that are not trained on: --set 'data.eval=[{path: heldout.jsonl}]'",
         )
     found = find_base(recipe)
-    examples = encode_role(recipe, found, "eval", report)
+    examples = encode_role(recipe, found, "eval", report, date_of(run))
     base = load_base(recipe, default_device(), found)
     say_base(report, recipe, base)
     say_if_another_base(run, base, report)
@@ -87,6 +90,11 @@ def evaluate(
         models["adapter"], answers["adapter"] = measure(recipe, base, model, rows, report, "adapter")
     tokens = sum(row.num_trained for row in rows)
     return {"rows": len(rows), "tokens": tokens, "models": models, "samples": samples(answers)}
+
+
+def has_held_out(recipe: Recipe) -> bool:
+    """Whether the recipe holds rows out."""
+    return bool(recipe.data.eval or recipe.data.eval_fraction)
 
 
 def measure(
@@ -205,7 +213,7 @@ def refuse_overwriting(out: Path) -> None:
 def measure_unmerged(recipe: Recipe, run: Run, report: Report) -> Unmerged:
     """Logits of base + adapter over the first 16 held-out rows, or training rows where there are none."""
     found = find_base(recipe)
-    examples = encode_role(recipe, found, "eval" if recipe.data.eval else "train", report)
+    examples = encode_role(recipe, found, "eval" if has_held_out(recipe) else "train", report, date_of(run))
     base = load_base(recipe, default_device(), found)
     same_base = say_if_another_base(run, base, report)
     rows = [row.input_ids for row in examples.rows[:16]]

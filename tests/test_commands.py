@@ -169,7 +169,8 @@ def test_eval_of_a_recipe_that_was_not_trained_measures_the_base(recipe_file, ql
 
 
 def test_held_out_data_must_be_named(finished, qlora):
-    assert "data.eval: no held-out data" in qlora("eval", finished, "--set", "data.eval=[]").err
+    ended = qlora("eval", finished, "--set", "data.eval=[]", "--set", "training.eval_steps=200")
+    assert "data.eval: no held-out data" in ended.err
 
 
 def test_eval_says_when_the_base_is_another(finished, qlora):
@@ -346,7 +347,7 @@ def test_a_row_longer_than_the_limit(recipe_file, tmp_path, qlora):
 def test_a_row_beyond_the_models_positions(recipe_file, tmp_path, qlora):
     path = write_rows(tmp_path / "rows.jsonl", conversation("hi", "ho"), conversation("hi", "ho" * 400))
     settings = ["--set", f"data.train[0].path={path}", "--set", "data.max_length=2048"]
-    check_refused(qlora("train", recipe_file, *settings), "tokens, the model 512 positions (1 such rows)")
+    check_refused(qlora("train", recipe_file, *settings), "tokens, the model 512 positions (1 such row)")
 
 
 def test_a_model_folder_without_weights(recipe_file, tmp_path, tiny_model, qlora):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from pydantic.fields import FieldInfo
 
+from qlora_cli.data.formats import FORMATS, assistant, user
 from qlora_cli.errors import UserErrors
 from qlora_cli.recipe.fields import choices, dotted, fields, same, section_of, sections, today
 from tests.live_keys.bench import Bench, Live
@@ -18,8 +19,8 @@ from tests.live_keys.training_keys import EVALUATION, TOP, TRAINING
 
 LIVE = [*MODEL, *QUANTIZATION, *ADAPTER, *DATA, *TRAINING, *EVALUATION, *TOP]
 
-LIKE_AUTO = {"data.packing": False}
-"""Keys whose one live value is what `auto` does as yet: nothing can be seen of them until `auto` does more."""
+RULED = {"data.eval[0].weight": 2.0}
+"""Keys that a rule refuses for any value but their default."""
 
 NOT_YET: dict[str, list[Any]] = {
     "model.num_labels": [2],
@@ -30,14 +31,6 @@ NOT_YET: dict[str, list[Any]] = {
     "quantization.zero_point": [True],
     "quantization.clip": ["mse"],
     "adapter.loftq.iterations": [1],
-    "data.train[0].weight": [2, 0.5],
-    "data.train[0].streaming": [True],
-    "data.train[0].template": [{"prompt": "{{ a }}", "completion": "{{ b }}"}],
-    "data.eval[0].weight": [2],
-    "data.eval[0].streaming": [True],
-    "data.eval[0].template": [{"prompt": "{{ a }}", "completion": "{{ b }}"}],
-    "data.eval_fraction": [0.1],
-    "data.packing": [True],
     "training.torch_compile": [True],
     "training.neftune_noise_alpha": [5],
     "evaluation.suites": [["mmlu"]],
@@ -81,6 +74,7 @@ USUAL = {
         *((name, "auto") for name in keys()),
         ("quantization.compute_dtype", "float32"),
         ("training.optimizer", "adamw"),
+        ("data.packing", False),
     ]
 }
 """Defaults, auto, and what the base recipe sets."""
@@ -98,7 +92,9 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows_file:
     places = {"model": tiny_model, "rows": rows_file, "heldout": heldout_file} | {name: root / name for name in names}
     write_tiny_model(places["narrow"], hidden_size=32, num_attention_heads=2, num_key_value_heads=1)
     write_own_model(places["own"])
-    written = {"others.jsonl": rows_file.read_text(), "every_format.jsonl": EVERY_FORMAT, "template.jinja": TEMPLATE}
+    written = {f"format_{name}.jsonl": row_for(name) for name in FORMATS}
+    written |= {"others.jsonl": rows_file.read_text(), "template.jinja": TEMPLATE, "moody.jinja": MOODY}
+    written |= {"turns.jsonl": TURNS, "bad.jsonl": BAD, "columns.csv": "a,b\n007,eight\n"}
     for name, content in written.items():
         places[name.split(".")[0]] = root / name
         (root / name).write_text(content)
@@ -107,18 +103,42 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows_file:
     return made
 
 
-EVERY_FORMAT = json.dumps(
-    {
-        "instruction": "say",
-        "output": "from alpaca",
-        "question": "say",
-        "answer": "from question_answer",
-        "prompt": "say ",
-        "completion": "from prompt_completion",
-        "text": "from text",
-        "messages": [{"role": "user", "content": "say"}, {"role": "assistant", "content": "from messages"}],
-    }
+OWN_COLUMNS: dict[str, dict[str, Any]] = {
+    "alpaca": {"instruction": "say", "output": "from alpaca"},
+    "messages": {"messages": [user("say"), assistant("from messages")]},
+    "sharegpt": {"conversations": [{"from": "human", "value": "say"}, {"from": "gpt", "value": "from sharegpt"}]},
+    "prompt_completion": {"prompt": "say ", "completion": "from prompt_completion"},
+    "input_output": {"input": "say ", "output": "from input_output"},
+    "question_answer": {"question": "say", "answer": "from question_answer"},
+    "summarisation": {"document": "say", "summary": "from summarisation"},
+    "text": {"text": "from text"},
+    "seed_tasks": {"instruction": "say", "instances": [{"input": "", "output": "from seed_tasks"}]},
+    "hh_rlhf": {"chosen": "\n\nHuman: say\n\nAssistant: from hh_rlhf"},
+    "oasst": {"text": "### Human: say### Assistant: from oasst"},
+    "chip2": {"text": "<human>: say\n<bot>: from chip2"},
+    "self_instruct": {"prompt": "say", "completion": " from self_instruct<|endoftext|>"},
+    "longform": {"input": "say", "output": "from longform"},
+}
+"""The columns of each format."""
+
+OTHERS = {"instruction": "do", "input": "that", "output": "done", "history": [["a", "b"]]}
+"""Columns that alpaca reads more of than any other format does of its own."""
+
+
+def row_for(name: str) -> str:
+    """A row that `auto` does not read by the format: there are more columns of another one, or as many."""
+    decoy = {"alpaca": OWN_COLUMNS["question_answer"], "oasst": OWN_COLUMNS["summarisation"]}.get(name, OTHERS)
+    return json.dumps({**decoy, **OWN_COLUMNS[name]})
+
+
+MOODY = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }} {{ mood }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant {{ mood }}\n{% endif %}"
 )
+
+TURNS = json.dumps({"messages": [user("a"), assistant("one"), user("b"), assistant("two")]})
+
+BAD = "\n".join(json.dumps(row) for row in ({"text": "good"}, {"text": 5}, {"text": "fine"}))
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}: {{ m['content'] }}<|im_end|>{% endfor %}"
@@ -156,7 +176,7 @@ def test_every_live_key_has_an_effect_outside_the_stored_recipe(bench: Bench, li
 
 
 def test_every_key_is_in_the_table_or_takes_nothing_but_its_default():
-    known = {live.key for live in LIVE} | set(LIKE_AUTO)
+    known = {live.key for live in LIVE} | set(RULED)
     expected = {name for name, field in keys().items() if changeable(field)}
     assert sorted(expected - known) == [], "a live key without an entry: add one to tests/live_keys"
     assert sorted(known - expected) == [], "an entry for a key that is gone, or takes nothing but its default"
@@ -190,8 +210,7 @@ def test_a_value_whose_feature_is_to_come_is_refused(tmp_path: Path, name: str, 
     assert "is not available yet" in told[0]
 
 
-def test_packing_shows_no_effect_until_auto_packs(bench: Bench):
-    """As soon as `auto` packs, `false` has an effect: then this fails, and data.packing moves to the table."""
-    for value in ("auto", False):
-        watch = bench.trained(bench.recipe({"data.packing": value, "training.max_steps": 3}))
-        assert sum(len(ids) for ids in watch.trained_batches) == 12, "one row for each of the twelve examples"
+@pytest.mark.parametrize(("name", "value"), RULED.items(), ids=str)
+def test_a_key_without_effect_is_refused(tmp_path: Path, name: str, value: Any):
+    with pytest.raises(UserErrors, match="has no effect"):
+        Bench({}, tmp_path).recipe({name: value})

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from qlora_cli.data.encode import Example
+from qlora_cli.data.examples import load_examples
 
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -28,6 +33,11 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
     )
     fast.chat_template = TEMPLATE
     return fast
+
+
+def train_rows(recipe: Any, base: Any) -> Sequence[Example]:
+    """The prepared rows of the recipe's training data."""
+    return load_examples(recipe.data, "train", base.tokenizer, base.stop_token_ids, seed=0, today=date(2026, 1, 1)).rows
 
 
 def write_tiny_model(folder: Path, dtype: torch.dtype = torch.float32, **config: Any) -> Path:

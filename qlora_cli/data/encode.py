@@ -8,23 +8,20 @@ every character of an answer is trained.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import TYPE_CHECKING
+from functools import lru_cache
 
-from qlora_cli.data.chat import Chat, Rendered, render_prompt
-from qlora_cli.data.formats import Message
+from tokenizers import Encoding, Tokenizer
+
+from qlora_cli.data.chat import Chat
+from qlora_cli.data.conversations import Message
+from qlora_cli.data.spans import Rendered
 from qlora_cli.errors import UserError
-
-if TYPE_CHECKING:
-    from transformers import BatchEncoding
 
 IGNORE_INDEX = -100
 """The label of a token that is not trained, as in torch.nn.functional.cross_entropy."""
-
-CHUNK = 512
-"""Rows that are tokenized at once: bounds the memory of the tokenizer's own results."""
 
 TokenSpan = tuple[int, int | None]
 """First token and the one behind the last; None where no token ends with the characters."""
@@ -57,24 +54,16 @@ class Example:
         return next((at for at, label in enumerate(self.labels) if label != IGNORE_INDEX), len(self.labels))
 
 
-def encode(rows: Iterable[Rendered], chat: Chat) -> Iterator[Example]:
-    """Encode rows in their order. Raises UserError where an answer does not end with one stop token."""
-    bos = _bos(chat)
-    for chunk in _chunks(rows):
-        whole = _tokenize([row.text for row in chunk], chat)
-        heads = iter(_tokenize([row.text[:start] for row in chunk for start, _ in row.spans], chat)["input_ids"])
-        for index, row in enumerate(chunk):
-            prompts = [next(heads) for _ in row.spans]
-            input_ids: list[int] = whole["input_ids"][index]
-            if all(input_ids[: len(prompt)] == prompt for prompt in prompts):
-                ends = [_token_end(whole, index, end) if row.templated else len(input_ids) for _, end in row.spans]
-                spans = list(zip(map(len, prompts), ends, strict=True))
-            else:
-                input_ids, spans = _encode_cut(row, chat)
-            if row.templated:
-                yield _templated(row, input_ids, spans, chat)
-            else:
-                yield _verbatim(row, input_ids, spans[0][0], bos, chat.tokenizer.eos_token_id)
+def encode(rows: Sequence[Rendered], chat: Chat) -> list[Example | UserError]:
+    """Encode the rows, in their order; where one cannot be, the reason stands in its place."""
+    encodings = chat.tokenizer.encode_batch([row.text for row in rows], add_special_tokens=False)
+    examples: list[Example | UserError] = []
+    for row, encoding in zip(rows, encodings, strict=True):
+        try:
+            examples.append(_example(row, encoding, chat))
+        except UserError as error:
+            examples.append(error)
+    return examples
 
 
 def encode_prompt(prompt: Sequence[Message] | str, chat: Chat, where: str = "the conversation") -> list[int]:
@@ -83,96 +72,162 @@ def encode_prompt(prompt: Sequence[Message] | str, chat: Chat, where: str = "the
     prompt: messages, for the template with its generation prompt, or verbatim text, for the tokenizer's BOS.
     """
     if not isinstance(prompt, str):
-        ids: list[int] = _tokenize([render_prompt(prompt, chat, where)], chat)["input_ids"][0]
-        return ids
-    bos = _bos(chat)
-    ids = _tokenize([prompt], chat)["input_ids"][0]
+        return _ids(chat.render(list(prompt), where, add_generation_prompt=True), chat.tokenizer)
+    ids, bos = _ids(prompt, chat.tokenizer), chat.settings.bos
     return ids if bos and ids[: len(bos)] == bos else bos + ids
 
 
-def unspelled(characters: Iterable[str], chat: Chat) -> list[str]:
+def unspelled(characters: Iterable[str], tokenizer: Tokenizer, unk_id: int | None) -> list[str]:
     """Those of the characters that the tokenizer cannot write: they become its unk, or vanish without a trace.
 
     The latter is what a BPE without unk and without byte tokens does.
     """
     visible = [character for character in characters if not character.isspace()]
-    if not visible:
-        return []
-    unk = chat.tokenizer.unk_token_id
-    known = [[token for token in ids if token != unk] for ids in _tokenize(visible, chat)["input_ids"]]
-    texts: list[str] = chat.tokenizer.batch_decode(known)
+    encodings = tokenizer.encode_batch(visible, add_special_tokens=False)
+    known = [[token for token in encoding.ids if token != unk_id] for encoding in encodings]
+    texts = tokenizer.decode_batch(known, skip_special_tokens=False)
     return [character for character, text in zip(visible, texts, strict=True) if not text.strip()]
 
 
-def _chunks(rows: Iterable[Rendered]) -> Iterator[list[Rendered]]:
-    """The rows, CHUNK at a time."""
-    iterator = iter(rows)
-    while chunk := list(islice(iterator, CHUNK)):
-        yield chunk
+def _example(row: Rendered, encoding: Encoding, chat: Chat) -> Example:
+    """The example of one row. Raises UserError where its labels or its special tokens are not as they must be."""
+    ids: list[int] = encoding.ids
+    spans: list[TokenSpan] = []
+    for start, end in row.spans:
+        begin = _begin(row.text, start, encoding, ids, chat)
+        last = _token_end(encoding, end) if row.templated else _verbatim_end(encoding, end, row.text)
+        if begin is None or (last is None and not row.templated):
+            ids, spans = _encode_cut(row, chat)
+            break
+        spans.append((begin, last))
+    if not row.templated:
+        return _verbatim(row, ids, spans, chat)
+    if (bos := chat.settings.bos) and ids[: 2 * len(bos)] == bos + bos:
+        what = f"{chat.settings.called} begins the row with two BOS tokens"
+        raise UserError(row.where, what, "correct the template, or remove the BOS from the row's text")
+    return _templated(row, ids, spans, chat)
 
 
-def _tokenize(texts: list[str], chat: Chat) -> BatchEncoding:
-    """The texts' ids, with nothing added, truncated or padded."""
-    options = {"truncation": False, "padding": False, "return_attention_mask": False, "verbose": False}
-    return chat.tokenizer(texts, add_special_tokens=False, **options)
+def _begin(text: str, start: int, encoding: Encoding, ids: list[int], chat: Chat) -> int | None:
+    """The answer's first token, where the ids before it are exactly those of the prompt alone; None where they differ.
+
+    What stands before a control token is encoded independently of what follows it, so only the prompt's text from its
+    last control token on is encoded again to compare: with a chat template that is mostly the same few words.
+    """
+    control, skipped = 0, 0
+    at = _last_control(text, start, chat)
+    if at is not None:
+        token = encoding.char_to_token(at)
+        if token is not None and ids[token] in chat.isolating:
+            control, skipped = at, token
+    tail = _prompt_ids(text[control:start], chat.tokenizer)
+    begin = skipped + len(tail)
+    return begin if tuple(ids[skipped:begin]) == tail else None
 
 
-def _bos(chat: Chat) -> list[int]:
-    """What the tokenizer puts before a text by default: [BOS] or nothing; what it puts behind is left to us."""
-    bare = _tokenize(["a"], chat)["input_ids"][0]
-    full: list[int] = chat.tokenizer("a")["input_ids"]
-    return next(full[:at] for at in range(len(full) + 1) if full[at : at + len(bare)] == bare)
+def _last_control(text: str, end: int, chat: Chat) -> int | None:
+    """The character at which the last control token that ends before `end` begins."""
+    places = [(at, len(word)) for word in chat.settings.control if (at := text.rfind(word, 0, end)) >= 0]
+    if not places:
+        return None
+    last, _ = max(places)
+    inside = [at for at, length in places if at < last < at + length]  # a token's text within another one's
+    return None if inside else last
 
 
-def _token_end(encoding: BatchEncoding, index: int, end: int) -> int | None:
+@lru_cache(maxsize=4096)
+def _short_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    return tuple(_ids(text, tokenizer))
+
+
+def _prompt_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The ids of a prompt or of its end; short ones recur and are remembered."""
+    return _short_ids(text, tokenizer) if len(text) < 200 else tuple(_ids(text, tokenizer))
+
+
+def _ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def _token_end(encoding: Encoding, end: int) -> int | None:
     """The token behind the one that holds the character before `end`: a stop token's last one."""
-    token: int | None = encoding.char_to_token(index, end - 1)
+    token: int | None = encoding.char_to_token(end - 1) if end else None
     return None if token is None else token + 1
 
 
+def _verbatim_end(encoding: Encoding, end: int, text: str) -> int | None:
+    """The token behind all that begin before `end`, several of which may spell one character; None where one of them
+    covers a character behind it too."""
+    if end == len(text):
+        return len(encoding.ids)
+    offsets = encoding.offsets
+    last = bisect_left(offsets, end, key=lambda offset: offset[0])
+    return last if all(behind <= end for _, behind in offsets[max(last - 1, 0) : last]) else None
+
+
 def _encode_cut(row: Rendered, chat: Chat) -> tuple[list[int], list[TokenSpan]]:
-    """The row's ids where the text is cut at the start of every answer, and the tokens of every answer."""
-    cuts = [start for start, _ in row.spans] + [len(row.text)]
-    input_ids: list[int] = list(_tokenize([row.text[: cuts[0]]], chat)["input_ids"][0])
+    """The row's ids where the text is cut at the start of every answer, and the tokens of every answer.
+
+    A verbatim text is cut at the end of an answer too; in a conversation that is where its stop token ends.
+    """
+    starts = [start for start, _ in row.spans]
+    edges = sorted({*starts, *(end for _, end in row.spans if not row.templated), len(row.text)})
+    ids = _ids(row.text[: edges[0]], chat.tokenizer)
+    ends = dict(row.spans)
     spans: list[TokenSpan] = []
-    for (start, end), cut in zip(row.spans, cuts[1:], strict=True):
-        begin = len(input_ids)
-        encoding, skip, shift = _continue(row.text[start:cut], chat)
-        input_ids += encoding["input_ids"][0][skip:]
-        last = _token_end(encoding, 0, end - start + shift) if row.templated else len(input_ids) - begin + skip
-        spans.append((begin, None if last is None else begin + last - skip))
-    return input_ids, spans
+    for start, cut in zip(edges, [*edges[1:], edges[-1]], strict=True):
+        begin = len(ids)
+        encoding, skip, shift = _continue(row.text[start:cut], chat.tokenizer)
+        ids += encoding.ids[skip:]
+        if start in ends:
+            last = _token_end(encoding, ends[start] - start + shift) if row.templated else len(encoding.ids)
+            spans.append((begin, None if last is None else begin + last - skip))
+    return ids, spans
 
 
-def _continue(piece: str, chat: Chat) -> tuple[BatchEncoding, int, int]:
+def _continue(piece: str, tokenizer: Tokenizer) -> tuple[Encoding, int, int]:
     """A text that follows another one, with the number of tokens and characters to skip.
 
     It is encoded behind a line break, so that a SentencePiece tokenizer adds no space at its start.
     """
-    line_break: list[int] = _tokenize(["\n"], chat)["input_ids"][0]
-    encoding = _tokenize(["\n" + piece], chat)
-    if encoding["input_ids"][0][: len(line_break)] == line_break:
+    line_break = list(_short_ids("\n", tokenizer))
+    encoding = tokenizer.encode("\n" + piece, add_special_tokens=False)
+    if encoding.ids[: len(line_break)] == line_break:
         return encoding, len(line_break), 1
-    return _tokenize([piece], chat), 0, 0  # one token holds the line break and the text's start
+    # one token holds the line break and the text's start
+    return tokenizer.encode(piece, add_special_tokens=False), 0, 0
 
 
-def _templated(row: Rendered, input_ids: list[int], spans: list[TokenSpan], chat: Chat) -> Example:
+def _templated(row: Rendered, ids: list[int], spans: list[TokenSpan], chat: Chat) -> Example:
     """The example of a rendered conversation: each span of tokens is trained and ends with a stop token."""
-    labels = [IGNORE_INDEX] * len(input_ids)
-    stop_ids = set(chat.stops.values())
+    if row.whole:
+        return Example(ids, list(ids), row.where)
+    labels = [IGNORE_INDEX] * len(ids)
+    stop_ids = set(chat.settings.stops.values())
     for start, end in spans:
-        if end is None or end <= start or input_ids[end - 1] not in stop_ids:
+        if end is None or end <= start or ids[end - 1] not in stop_ids:
             what = "the end-of-turn token that the chat template writes is not one token of the vocabulary"
             raise UserError(row.where, what, "add it to the tokenizer, or use a template made for this model")
-        labels[start:end] = input_ids[start:end]
-    return Example(input_ids, labels, row.where)
+        labels[start:end] = ids[start:end]
+    return Example(ids, labels, row.where)
 
 
-def _verbatim(row: Rendered, ids: list[int], start: int, bos: list[int], eos: int) -> Example:
-    """The example of a verbatim text, trained from token `start` on, with BOS and EOS, neither twice."""
-    if ids[: len(bos)] != bos:
-        ids, start = bos + ids, start + len(bos)
-    if ids[-1:] != [eos]:
-        ids = [*ids, eos]
-    start = max(start, len(bos))
-    return Example(ids, [IGNORE_INDEX] * start + ids[start:], row.where)
+def _verbatim(row: Rendered, ids: list[int], spans: list[TokenSpan], chat: Chat) -> Example:
+    """The example of a verbatim text with BOS and EOS, neither twice; the EOS is trained where the text's end is."""
+    settings = chat.settings
+    added = 0 if ids[: len(settings.bos)] == settings.bos else len(settings.bos)
+    if (bos := settings.bos) and (bos + ids if added else ids)[: 2 * len(bos)] == bos + bos:
+        raise UserError(row.where, "the text begins with two BOS tokens", "remove one of them")
+    reaches = bool(row.spans) and row.spans[-1][1] == len(row.text)
+    whole = settings.bos[:added] * (added > 0) + ids
+    if ids[-1:] != [settings.eos_id]:
+        whole = [*whole, settings.eos_id]
+    labels = [IGNORE_INDEX] * len(whole)
+    for start, end in spans:
+        last = len(whole) if reaches and end == len(ids) else (len(ids) if end is None else end) + added
+        first = max(start + added, len(settings.bos))
+        labels[first:last] = whole[first:last]
+    if row.whole:
+        labels = list(whole)
+    return Example(whole, labels, row.where)

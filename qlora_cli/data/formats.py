@@ -1,6 +1,7 @@
 """Row formats: one table from the recipe's name to the columns a row needs and the function that reads it.
 
-A new format is one function and one line of FORMATS. Columns that a format does not name are ignored.
+A new format is one function and one line of FORMATS. Columns that a format does not name are ignored. A column that
+holds null counts as missing.
 """
 
 from __future__ import annotations
@@ -9,89 +10,61 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qlora_cli.data.sources import Row, Rows, describe
+from qlora_cli.data.conversations import (
+    Conversation,
+    Message,
+    Plain,
+    assistant,
+    messages,
+    prompted,
+    sharegpt,
+    system,
+    user,
+)
+from qlora_cli.data.dialogues import chip2, hh_rlhf, oasst
+from qlora_cli.data.rows import Row, describe, text_of
 from qlora_cli.errors import UserError
 
-Message = dict[str, str]
-"""One turn: {"role": "system" | "user" | "assistant", "content": text}."""
-
-ROLES = ("system", "user", "assistant")
-_TOOL_KEYS = ("tool_calls", "tool_call_id", "function_call")
-_TURN_KEYS = ("reasoning_content", "thinking", "weight")  # they change what is rendered or trained
-
-
-@dataclass(frozen=True, slots=True)
-class Plain:
-    """Text that is encoded verbatim: `prompt` is read, `completion` is trained."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Turns for the chat template; every answer is trained. `plain` is its text where there is no template."""
-
-    messages: list[Message]
-    plain: Plain | None = None
+__all__ = [
+    "FORMATS",
+    "Conversation",
+    "Format",
+    "Message",
+    "Plain",
+    "assistant",
+    "check_row",
+    "choose_format",
+    "fitting",
+    "system",
+    "user",
+]
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """What a row needs to be of this format, and how it is read. `read(row, where)` raises UserError at `where`."""
+    """What a row needs to be of this format, and how it is read.
 
-    columns: tuple[str, ...]
+    one_of:   the columns that it needs; several sets where a row may have either.
+    read:     read(row, where) raises UserError at `where`.
+    optional: columns that are read where they are there.
+    auto:     whether the columns may choose it; False for a second reading of another format's columns.
+    """
+
+    one_of: tuple[tuple[str, ...], ...]
     read: Callable[[Row, str], Conversation | Plain]
+    optional: tuple[str, ...] = ()
+    auto: bool = True
+
+    def explained(self, row: Row) -> int:
+        """How many of the row's columns this format reads at the most; 0 where the row lacks some that it needs."""
+        whole = [len(columns) for columns in self.one_of if not _missing(columns, row)]
+        return max(whole) + len(self.optional) - len(_missing(self.optional, row)) if whole else 0
+
+    def __str__(self) -> str:
+        return " or ".join(", ".join(columns) for columns in self.one_of)
 
 
-def alpaca(row: Row, where: str) -> Conversation:
-    """{instruction, input?, output} as a user's and an assistant's turn.
-
-    Without a template: the prompt of Stanford Alpaca, verbatim (tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT),
-    with the answer directly behind "### Response:" as there.
-    """
-    instruction, output = text_of(row, "instruction", where), text_of(row, "output", where)
-    context = text_of(row, "input", where) if "input" in row else ""
-    template = ALPACA_WITH_INPUT if context else ALPACA_WITHOUT_INPUT
-    question = f"{instruction}\n\n{context}" if context else instruction
-    plain = Plain(template.format(instruction=instruction, input=context), output)
-    return Conversation([user(question), assistant(output)], plain)
-
-
-def question_answer(row: Row, where: str) -> Conversation:
-    """{question, answer} as a user's and an assistant's turn; without a template "Question: ...\\nAnswer: ...".
-
-    The space before the answer belongs to the answer: that is how byte-level tokenizers cut words.
-    """
-    question, answer = text_of(row, "question", where), text_of(row, "answer", where)
-    return Conversation([user(question), assistant(answer)], Plain(f"Question: {question}\nAnswer:", f" {answer}"))
-
-
-def prompt_completion(row: Row, where: str) -> Plain:
-    """{prompt, completion}, both texts, verbatim; the tokenizer's BOS and EOS are added once."""
-    return Plain(text_of(row, "prompt", where), text_of(row, "completion", where))
-
-
-def text(row: Row, where: str) -> Plain:
-    """{text}: everything is trained; the tokenizer's BOS and EOS are added once."""
-    return Plain("", text_of(row, "text", where))
-
-
-def messages(row: Row, where: str) -> Conversation:
-    """{messages: [{role, content}]} with the roles system, user and assistant; the last turn is an answer."""
-    turns = row["messages"]
-    if not isinstance(turns, list) or not turns:
-        found = "an empty list" if turns == [] else describe(turns)
-        raise UserError(where, f"messages is {found}", "make it a list of {role, content}")
-    if row.get("tools"):
-        raise UserError(where, "has tools; tool use is not available yet", "remove the row")
-    read = [_message(turn, f"{where}: message {number}") for number, turn in enumerate(turns, 1)]
-    if not any(turn["role"] == "assistant" for turn in read):
-        raise UserError(where, "has no assistant's message, so nothing to train", "add the answer or remove the row")
-    if read[-1]["role"] != "assistant":
-        raise UserError(where, f"ends with the {read[-1]['role']}'s message", "end the row with the assistant's answer")
-    return Conversation(read)
-
+# ── instructions and questions ───────────────────────────────────────────────────────────────────────────────────────
 
 ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
@@ -104,98 +77,190 @@ ALPACA_WITHOUT_INPUT = (
     "### Instruction:\n{instruction}\n\n### Response:"
 )
 
-FORMATS: dict[str, Format] = {
-    "alpaca": Format(("instruction", "output"), alpaca),
-    "messages": Format(("messages",), messages),
-    "prompt_completion": Format(("prompt", "completion"), prompt_completion),
-    "question_answer": Format(("question", "answer"), question_answer),
-    "text": Format(("text",), text),
-}
 
+def alpaca(row: Row, where: str) -> Conversation:
+    """{instruction, input?, output, system?, history?} as turns; history is a list of [question, answer], all trained.
 
-def choose_format(name: str, rows: Rows) -> str:
-    """The format of all rows: `name`, or where it is `auto` the one format that fits the columns of every row.
-
-    Raises UserError at the first row that lacks a column, fits no format, or fits another one too.
+    Without a template: the prompt of Stanford Alpaca, verbatim (tatsu-lab/stanford_alpaca, train.py, PROMPT_DICT),
+    with the answer directly behind "### Response:" as there; it has no place for a system's text or a history, which
+    are LLaMA-Factory's (data/README.md).
     """
-    if name == "auto":
-        name = _only_fit(rows.rows[0], rows.where[0])
-        for row, where in zip(rows.rows, rows.where, strict=True):
-            if (fit := fitting(row)) != [name]:
-                what = f"the columns {_columns(row)} fit {' and '.join(fit) or 'no format'}, the first row's fit {name}"
-                raise UserError(where, what, "set the format of the source, or give all rows the same columns")
-    for row, where in zip(rows.rows, rows.where, strict=True):
-        missing = [column for column in FORMATS[name].columns if column not in row]
-        if missing:
-            fit = fitting(row)
-            what = f"no column {' and '.join(missing)} for the format {name}, found {_columns(row)}"
-            raise UserError(where, what, f"set format: {' or '.join(fit)}" if fit else _known_columns())
-    return name
+    told = _optional(row, "system", where)
+    before = [system(told)] if told else []
+    history: Any = row.get("history") or []
+    if not isinstance(history, list):
+        raise UserError(where, f"history is {describe(history)}, not a list", "make it a list of [question, answer]")
+    for number, pair in enumerate(history, 1):
+        place = f"{where}: history {number}"
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(place, "is no pair", "write [question, answer]")
+        said = dict(zip(("question", "answer"), pair, strict=True))
+        before += [user(text_of(said, "question", place)), assistant(text_of(said, "answer", place))]
+    task = _instructed(text_of(row, "instruction", where), row, where)
+    return Conversation([*before, *task.messages]) if before else task
 
 
-def fitting(row: Row) -> list[str]:
-    """The formats whose columns the row has, in the order of the table."""
-    return [name for name, format in FORMATS.items() if all(column in row for column in format.columns)]
+def seed_tasks(row: Row, where: str) -> Conversation:
+    """{instruction, instances: [{input, output}]} with one instance, read as alpaca reads it.
+
+    Source: yizhongw/self-instruct, data/seed_tasks.jsonl and human_eval/user_oriented_instructions.jsonl.
+    """
+    instances = row.get("instances")
+    if not isinstance(instances, list) or not all(isinstance(instance, dict) for instance in instances):
+        raise UserError(where, "instances is no list of objects", "make it a list of one {input, output}")
+    if len(instances) != 1:
+        what = f"has {len(instances)} instances, and a row is one example"
+        raise UserError(where, what, "write one row per instance, each with the instruction")
+    return _instructed(text_of(row, "instruction", where), instances[0], f"{where}: instance 1")
 
 
-def user(content: str) -> Message:
-    """A turn of the user."""
-    return {"role": "user", "content": content}
+def _instructed(instruction: str, instance: Row, where: str) -> Conversation:
+    """An instruction with the {input?, output} of an instance."""
+    context, output = _optional(instance, "input", where), text_of(instance, "output", where)
+    template = ALPACA_WITH_INPUT if context else ALPACA_WITHOUT_INPUT
+    question = f"{instruction}\n\n{context}" if context else instruction
+    plain = Plain.of(template.format(instruction=instruction, input=context), output)
+    return Conversation([user(question), assistant(output)], plain=plain)
 
 
-def assistant(content: str) -> Message:
-    """A turn of the assistant: what is trained."""
-    return {"role": "assistant", "content": content}
+def question_answer(row: Row, where: str) -> Conversation:
+    """{question, answer} as a user's and an assistant's turn; without a template "Question: ...\\nAnswer: ...".
+
+    The space before the answer belongs to the answer: that is how byte-level tokenizers cut words. Source: GSM8K.
+    """
+    question, answer = text_of(row, "question", where), text_of(row, "answer", where)
+    plain = Plain.of(f"Question: {question}\nAnswer:", f" {answer}")
+    return Conversation([user(question), assistant(answer)], plain=plain)
 
 
-def text_of(row: Row, column: str, where: str) -> str:
-    """The text in a column. Raises UserError where it is anything else, or no valid Unicode."""
-    value: Any = row.get(column)
-    if not isinstance(value, str):
-        raise UserError(where, f"{column} is {describe(value)}, not a text", f"make {column} a text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        what = f"{column} holds half of a character (U+{ord(value[error.start]):04X}), which has no UTF-8 form"
-        raise UserError(where, what, "mend the escape sequence in the row") from error
-    return value
+SUMMARIES = (("document", "summary"), ("article", "highlights"), ("dialogue", "summary"))  # XSum, CNN/DailyMail, SAMSum
 
 
-def _message(turn: Any, where: str) -> Message:
-    """One turn of a messages row, checked; keys without influence on the text are dropped."""
-    if not isinstance(turn, dict):
-        raise UserError(where, f"is {describe(turn)}, not an object", "write {role: ..., content: ...}")
-    role = turn.get("role")
-    if role in ("tool", "function", "developer") or any(turn.get(key) for key in _TOOL_KEYS):
-        raise UserError(where, "uses tools or a developer role, which is not available yet", "remove the row")
-    if role not in ROLES:
-        what = "has no role" if role is None else f"has the unknown role {role!r}"
-        raise UserError(where, what, f"use one of {', '.join(ROLES)}")
-    for key in _TURN_KEYS:
-        if key in turn:
-            raise UserError(where, f"has the key {key!r}, which is not available yet", "remove it from the messages")
-    if isinstance(turn.get("content"), list):
-        raise UserError(where, "content is a list; parts are not available yet", "join its texts into one")
-    return {"role": role, "content": text_of(turn, "content", where)}
+def summarisation(row: Row, where: str) -> Conversation:
+    """A text and its summary, as the user asks for it; without a template "...\\n\\nTL;DR: ...", the prompt of GPT-2.
+
+    The columns are those of XSum, CNN/DailyMail or SAMSum. Source of the prompt: Radford et al. 2019, section 3.6.
+    """
+    fit = [columns for columns in SUMMARIES if not _missing(columns, row)]
+    if len(fit) != 1:
+        found = "of two data sets" if fit else _columns(row)
+        raise UserError(where, f"has the columns {found}", f"give it one of {FORMATS['summarisation']}")
+    text, summary = (text_of(row, column, where) for column in fit[0])
+    plain = Plain.of(f"{text}\n\nTL;DR:", f" {summary}")
+    return Conversation([user(f"Summarize the following text.\n\n{text}"), assistant(summary)], plain=plain)
 
 
-def _only_fit(row: Row, where: str) -> str:
-    """The one format that fits the row."""
+# ── verbatim text: the tokenizer's BOS and EOS are added once ────────────────────────────────────────────────────────
+
+
+def prompt_completion(row: Row, where: str) -> Conversation | Plain:
+    """{prompt, completion}: both texts, verbatim, or both lists of messages (TRL); the completion is trained."""
+    if isinstance(row.get("prompt"), list) or isinstance(row.get("completion"), list):
+        return prompted(row, where)
+    if unread := [column for column in _TOLD if row.get(column)]:
+        what = f"has {unread[0]}, but prompt and completion are texts, which are verbatim"
+        raise UserError(where, what, f"remove {unread[0]}, or write lists of messages")
+    return Plain.of(text_of(row, "prompt", where), text_of(row, "completion", where))
+
+
+def self_instruct(row: Row, where: str) -> Plain:
+    """{prompt, completion}, texts, without the "<|endoftext|>" that GPT-3's data ends with (yizhongw/self-instruct)."""
+    completion = text_of(row, "completion", where).removesuffix("<|endoftext|>")
+    return Plain.of(text_of(row, "prompt", where), completion)
+
+
+def input_output(row: Row, where: str) -> Plain:
+    """{input, output}, texts, verbatim; the output is trained. Source: artidoro/qlora, dataset_format input-output."""
+    return Plain.of(text_of(row, "input", where), text_of(row, "output", where))
+
+
+def text(row: Row, where: str) -> Plain:
+    """{text}: everything is trained."""
+    return Plain.of("", text_of(row, "text", where))
+
+
+# ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+_TOLD = ("tools", "functions", "system")
+FORMATS: dict[str, Format] = {
+    "alpaca": Format((("instruction", "output"),), alpaca, ("input", "system", "history")),
+    "messages": Format((("messages",),), messages, _TOLD),
+    "sharegpt": Format((("conversations",),), sharegpt, _TOLD),
+    "prompt_completion": Format((("prompt", "completion"),), prompt_completion, _TOLD),
+    "input_output": Format((("input", "output"),), input_output),
+    "question_answer": Format((("question", "answer"),), question_answer),
+    "summarisation": Format(SUMMARIES, summarisation),
+    "text": Format((("text",),), text),
+    "seed_tasks": Format((("instruction", "instances"),), seed_tasks),
+    "hh_rlhf": Format((("chosen",),), hh_rlhf, ("rejected",)),
+    "oasst": Format((("input", "output"), ("text",)), oasst, auto=False),
+    "chip2": Format((("text",),), chip2, auto=False),
+    "self_instruct": Format((("prompt", "completion"),), self_instruct, auto=False),
+    "longform": Format((("input", "output"),), input_output, ("source", "subset"), auto=False),
+}
+_DIALOGUES = (  # texts that the columns alone would take for plain ones: chosen format, column, beginning, the other
+    ("text", "text", "### Human:", "oasst"),
+    ("text", "text", "<human>:", "chip2"),
+    ("input_output", "input", "### Human:", "oasst"),
+)
+
+
+def choose_format(row: Row, where: str) -> str:
+    """The format of `auto`: the one that reads most of the row's columns.
+
+    Raises UserError where none fits, two fit equally well, or the text is a dialogue that another format reads.
+    """
     fit = fitting(row)
     if not fit:
-        raise UserError(where, f"no format fits the columns {_columns(row)}", _known_columns())
+        known = "; ".join(f"{name}: {format}" for name, format in FORMATS.items())
+        todo = f"rename the columns to those of a format ({known})"
+        raise UserError(where, f"no format fits the columns {_columns(row)}", todo)
     if len(fit) > 1:
         what = f"the columns {_columns(row)} fit {' and '.join(fit)}"
         raise UserError(where, what, f"set format: {' or '.join(fit)}")
+    _refuse_dialogue(fit[0], row, where)
     return fit[0]
+
+
+def check_row(name: str, auto: bool, row: Row, where: str) -> None:
+    """Raises UserError where the row lacks a column of the format, or with `auto` would choose another one."""
+    format = FORMATS[name]
+    fit = fitting(row)
+    if auto and fit != [name]:
+        what = f"the columns {_columns(row)} fit {' and '.join(fit) or 'no format'}, the first row's fit {name}"
+        raise UserError(where, what, "set the format of the source, or give all rows the same columns")
+    if auto:
+        _refuse_dialogue(name, row, where)
+    if not format.explained(row):
+        missing = " or ".join(" and ".join(_missing(columns, row)) for columns in format.one_of)
+        what = f"no column {missing} for the format {name}, found {_columns(row)}"
+        raise UserError(where, what, f"set format: {' or '.join(fit)}" if fit else "rename the columns")
+
+
+def fitting(row: Row) -> list[str]:
+    """The formats that read most of the row's columns, in the order of the table; those of `auto` alone."""
+    explained = {name: format.explained(row) for name, format in FORMATS.items() if format.auto}
+    return [name for name, number in explained.items() if number and number == max(explained.values())]
+
+
+def _refuse_dialogue(chosen: str, row: Row, where: str) -> None:
+    """Raises UserError where the format that the columns have chosen would read a dialogue as one plain text."""
+    for name, column, beginning, other in _DIALOGUES:
+        if chosen == name and str(row[column]).lstrip().startswith(beginning):
+            what = f"{column} begins with {beginning!r}: a dialogue, which the format {name} would not tell apart"
+            raise UserError(where, what, f"set format: {other} or {name}")
+
+
+def _missing(columns: tuple[str, ...], row: Row) -> list[str]:
+    """The columns that the row has not."""
+    return [column for column in columns if row.get(column) is None]
+
+
+def _optional(row: Row, column: str, where: str) -> str:
+    """The text in a column, empty where it is missing."""
+    return "" if row.get(column) is None else text_of(row, column, where)
 
 
 def _columns(row: Row) -> str:
     """The names of a row's columns, for a message."""
     return ", ".join(map(repr, row)) or "(none)"
-
-
-def _known_columns() -> str:
-    """The remedy that lists every format with its columns."""
-    known = "; ".join(f"{name}: {', '.join(format.columns)}" for name, format in FORMATS.items())
-    return f"rename the columns to those of a format ({known})"

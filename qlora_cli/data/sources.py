@@ -1,294 +1,222 @@
-"""Rows of a data source: a local json, jsonl, csv or parquet file, or a data set of the hub.
-
-Local files are read here and not by the builders of `datasets`: those infer one schema for the whole file (a missing
-field becomes null, "007" in a csv becomes 7, mixed types are refused without a line number), copy every file to the
-user's disk cache, and can serve the copy after the file has changed. What is read here is exact, located, uncached, and
-opens no socket. A null counts as a missing key wherever it stands, because Arrow files cannot tell the two apart.
-"""
+"""What a data source consists of: files on disk, those of a folder or of a pattern, or a data set of the hub."""
 
 from __future__ import annotations
 
-import csv
-import difflib
-import json
+import glob
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Literal
+from typing import NamedTuple
 
-from qlora_cli.errors import Exit, UserError
+from qlora_cli.data.hub import HubData, default_split
+from qlora_cli.data.readers import KNOWN_TYPES, DataFile, suffix_of
+from qlora_cli.data.rows import BEGINNING, Mark, Read, Role, near_names
+from qlora_cli.errors import UserError
 from qlora_cli.recipe.schema import Source
 
-Row = dict[str, Any]
-Role = Literal["train", "eval"]
-Located = tuple[str, Any]
-"""Where a row stands, as file:line, and what was found there."""
+Part = DataFile | HubData
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 _FILE_SUFFIX = re.compile(r"\.[A-Za-z]\w{0,7}")  # .jsonl is one, the .0 of owner/corpus-v1.0 is not
+_NOTES = re.compile(r"dataset_infos?\.json|dataset_dict\.json")
+_SAVED_NOTES = re.compile(r"state\.json|cache-.*\.arrow")
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """The rows of one source in their order; `where[i]` is the place of `rows[i]`, as file:line."""
+class Resolved:
+    """The parts of a source in the order they are read. num_ignored: files beside them that hold no rows."""
 
-    rows: list[Row]
-    where: list[str]
+    parts: tuple[Part, ...]
+    num_ignored: int = 0
 
 
-def load_rows(source: Source, role: Role) -> Rows:
-    """Read the first `source.limit` rows (all where null).
+class SourceMark(NamedTuple):
+    """A place in a source. num_rows: rows of the source before it, bad ones too; source.limit counts them."""
 
-    Raises UserError for a missing, unreadable or empty file, and at the line of the first row that cannot be read.
+    part: int = 0
+    mark: Mark = BEGINNING
+    num_rows: int = 0
+
+
+def read_source(source: Source, role: Role, start: SourceMark | None = None) -> Iterator[tuple[int, Read]]:
+    """The source's rows behind `start`, bad ones too, each with the index of its part; at most the first source.limit.
+
+    Raises UserError where a part is missing or broken, and where there is no row at all.
     """
-    located = _hub_rows(source, role) if _on_hub(source.path) else _local_rows(source)
-    rows, where = [], []
-    for place, row in islice(located, source.limit):
-        if not isinstance(row, dict):
-            what = f"expected an object with named columns, found {describe(row)}"
-            raise UserError(place, what, "make each row an object")
-        try:
-            rows.append(_without_nulls(row))
-        except RecursionError as error:
-            raise UserError(place, "JSON that is nested too deeply", "mend or remove the row") from error
-        where.append(place)
-    if not rows:
+    yield from read_parts(resolve(source, role).parts, source, start or SourceMark())
+
+
+def read_parts(parts: Sequence[Part], source: Source, start: SourceMark) -> Iterator[tuple[int, Read]]:
+    """As read_source, for a source that is resolved."""
+    num_rows = start.num_rows
+    for index in range(start.part, len(parts) if num_rows != source.limit else 0):
+        for read in parts[index].read(start.mark if index == start.part else BEGINNING):
+            num_rows += 1
+            yield index, read
+            if num_rows == source.limit:
+                return
+    if num_rows == 0:
         raise UserError(source.path, "holds no rows", "name a source with at least one row")
-    return Rows(rows, where)
 
 
-def describe(value: Any) -> str:
-    """A JSON value in words, for messages: 'a list', 'the number 3'."""
-    if isinstance(value, bool) or value is None:
-        return json.dumps(value)
-    if isinstance(value, int | float):
-        return f"the number {value}"
-    names: dict[type, str] = {str: "a text", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a {type(value).__name__}")
+def resolve(source: Source, role: Role) -> Resolved:
+    """What source.path means: a file, a folder, a pattern with * ? [ ] or **, or a hub id, in this order.
+
+    A folder is all files of a known type in it and below it, by their paths; hidden ones are left out, and a folder
+    that links lead to twice is read once. A pattern means files likewise. source.split keeps those with the split as a
+    word in their path below the folder: data/train-00000-of-00002.parquet.
+    Raises UserError where nothing is there, and for what cannot be read as rows.
+    """
+    path = os.path.expanduser(source.path)
+    if os.path.isdir(path):
+        return _among(source, path, _files(path))
+    if os.path.lexists(path):
+        return Resolved((_file(source, path),))
+    if glob.has_magic(path):
+        folder, files = _matching(path)
+        return _among(source, folder, files)
+    if _on_hub(source.path):
+        split = source.split or default_split(source.path, source.name, role)
+        return Resolved((HubData(source.path, source.name, split, source.streaming),))
+    raise UserError(path, "no such file" + near_names(Path(path)), "correct the path of the data source")
 
 
 def _on_hub(path: str) -> bool:
-    """Whether a path means the hub: nothing of that name is here, and it has the form of a hub id, not of a file."""
-    if os.path.lexists(path) or not _HUB_ID.fullmatch(path):
+    """Whether a path that is not there means the hub: it has the form of a hub id, not of a file."""
+    if not _HUB_ID.fullmatch(path):
         return False
     folder, name = os.path.split(path)
     in_folder = folder != "" and os.path.isdir(folder)
     return not in_folder and not _FILE_SUFFIX.fullmatch(Path(name).suffix)
 
 
-def _without_nulls(value: Any) -> Any:
-    """The same value without the keys that hold null, at any depth of objects and lists."""
-    if isinstance(value, dict):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_nulls(item) for item in value]
-    return value
+# ── one file ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-# ── local files ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _local_rows(source: Source) -> Iterator[Located]:
-    """The located rows of a file, by its suffix."""
-    path = Path(os.path.expanduser(source.path))
-    try:
-        yield from _reader(path, source)(path)
-    except OSError as error:
-        what = f"cannot be read: {error.strerror or error}"
-        raise UserError(path, what, "check the file and its permissions") from error
-
-
-def _reader(path: Path, source: Source) -> Callable[[Path], Iterator[Located]]:
-    """The function that reads the file, which is there and not empty."""
-    if not os.path.lexists(path):
-        raise UserError(path, "no such file" + near_names(path), "correct the path of the data source")
-    if path.is_dir():
-        raise UserError(path, "is a folder; folders are not available yet", "name one file of it")
-    if not path.is_file():
+def _file(source: Source, path: str) -> DataFile:
+    """The one file that is named."""
+    if not os.path.isfile(path):
         raise UserError(path, "is not a regular file", "name a file on disk")
-    if source.split is not None or source.name is not None:
-        key = "split" if source.split is not None else "name"
-        raise UserError(path, f"{key} is set, but a file has none", f"remove {key}: it belongs to hub data sets")
-    if path.suffix.lower() not in READERS:
-        raise UserError(path, f"unknown file type {path.suffix!r}", f"use one of {', '.join(READERS)}")
-    if path.stat().st_size == 0:
+    for key, value in (("split", source.split), ("name", source.name)):
+        if value is not None:
+            raise UserError(path, f"{key} is set, but a file has none", f"remove {key}, or name a folder or a hub id")
+    if suffix_of(path) is None:
+        raise UserError(path, f"unknown file type {Path(path).suffix!r}", f"use one of {KNOWN_TYPES}")
+    return _filled(path)
+
+
+def _filled(path: str) -> DataFile:
+    """The file, if it holds anything."""
+    try:
+        size = os.stat(path).st_size
+    except OSError as error:  # a folder that lets us list it but not look at its files
+        what = f"cannot be read: {error.strerror}"
+        raise UserError(path, what, "check the file and its permissions") from error
+    if size == 0:
         raise UserError(path, "the file is empty", "name a file with at least one row")
-    return READERS[path.suffix.lower()]
+    return DataFile(path)
 
 
-def near_names(path: Path) -> str:
-    """', did you mean ...?' with names in the folder of `path` that resemble its own, or an empty string."""
-    if not path.parent.is_dir():
-        return f" (there is no folder {path.parent})"
-    close = difflib.get_close_matches(path.name, sorted(os.listdir(path.parent)), n=3)
-    return f", did you mean {' or '.join(str(path.parent / name) for name in close)}?" if close else ""
+# ── a folder or a pattern ────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _text_lines(path: Path) -> Iterator[str]:
-    """The file's lines with their ends, decoded one by one so that a bad byte has a line number."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                what = f"byte 0x{line[error.start]:02x} at column {error.start + 1} is not UTF-8"
-                raise UserError(f"{path}:{number}", what, "save the file as UTF-8") from error
+def _among(source: Source, folder: str, found: list[str]) -> Resolved:
+    """The files that hold rows, of those found below the folder."""
+    if source.name is not None:
+        raise UserError(source.path, "name is set, but files have none", "remove name: it belongs to hub data sets")
+    known = [path for path in found if suffix_of(path) is not None and not _is_note(path)]
+    word = re.compile(rf"(?<![^\W_]){re.escape(source.split)}(?![^\W_])") if source.split is not None else None
+    kept = [path for path in known if word is None or word.search(os.path.relpath(path, folder))]
+    if not kept:
+        raise _nothing(source, folder, found, known)
+    return Resolved(tuple(_filled(path) for path in kept), len(found) - len(known))
 
 
-def _json_rows(path: Path) -> Iterator[Located]:
-    """A JSON list of objects, or one object per line: told apart by the first character, not by the suffix."""
-    lines = ((number, line) for number, line in enumerate(_text_lines(path), 1) if line.strip())
-    for row, (number, line) in enumerate(lines):
-        if row == 0 and line.lstrip().startswith("["):
-            yield from _json_list(path, "".join(_text_lines(path)))
-            return
-        yield f"{path}:{number}", _json_value(path, line.rstrip("\r\n"), 0, number)[0]
+def _is_note(path: str) -> bool:
+    """Whether a file is one that `datasets` writes beside those of rows: a description, or what it computed once."""
+    folder, name = os.path.split(path)
+    if _NOTES.fullmatch(name):
+        return True
+    return bool(_SAVED_NOTES.fullmatch(name)) and os.path.exists(os.path.join(folder, "dataset_info.json"))
 
 
-def _json_list(path: Path, text: str) -> Iterator[Located]:
-    """The elements of the JSON list that `text` consists of, each with the line that it begins on."""
-    at, line, counted = text.index("[") + 1, 1, 0
-    comma = False  # whether an element must follow
-    while True:
-        at = _skip_space(text, at)
-        line, counted = line + text.count("\n", counted, at), at
-        if text[at : at + 1] == "]" and not comma:
-            break
-        value, at = _json_value(path, text, at, 1)
-        yield f"{path}:{line}", value
-        at = _skip_space(text, at)
-        comma = text[at : at + 1] == ","
-        if not comma and text[at : at + 1] != "]":
-            line += text.count("\n", counted, at)
-            what = "broken JSON: expected ',' or ']' after a row"
-            raise UserError(f"{path}:{line}", what, "mend the list of rows")
-        at += comma
-    if (rest := _skip_space(text, at + 1)) < len(text):
-        line += text.count("\n", counted, rest)
-        raise UserError(f"{path}:{line}", "text after the end of the JSON list", "keep one list per file")
+def _nothing(source: Source, folder: str, found: list[str], known: list[str]) -> UserError:
+    """What is said where no file is left, with what is there instead."""
+    if not os.path.isdir(folder):
+        return UserError(source.path, f"no file matches: there is no folder {folder}", "correct the path")
+    if known:
+        there = _few(os.path.relpath(path, folder) for path in known)
+        what = f"split is {source.split!r}, and no file has this word in its path: {there}"
+        return UserError(source.path, what, "correct split, or remove it to read all of them")
+    if found:
+        types = Counter(Path(path).suffix or "no suffix" for path in found)
+        seen = ", ".join(f"{number:,} with {suffix}" for suffix, number in types.most_common(5))
+        return UserError(source.path, f"no file of a known type, only {seen}", f"use one of {KNOWN_TYPES}")
+    there = _few(name for name in os.listdir(folder) if not name.startswith("."))
+    what = "the folder holds no files" if os.path.isdir(os.path.expanduser(source.path)) else "no file matches"
+    return UserError(source.path, f"{what}; in {folder}: {there}", "correct the path of the data source")
 
 
-def _skip_space(text: str, at: int) -> int:
-    """The first position from `at` on that holds no JSON white space."""
-    while text[at : at + 1] and text[at] in " \t\r\n":
-        at += 1
-    return at
+def _few(names: Iterable[str]) -> str:
+    """The first five names, and how many more there are."""
+    ordered = sorted(names)
+    more = f" and {len(ordered) - 5:,} more" if len(ordered) > 5 else ""
+    return (", ".join(ordered[:5]) or "nothing") + more
 
 
-def _json_value(path: Path, text: str, at: int, first_line: int) -> tuple[Any, int]:
-    """The JSON value at `text[at:]` and the position behind it; a whole line must be one value."""
-    try:
-        if at == 0:
-            return json.loads(text), len(text)
-        return _DECODER.raw_decode(text, at)
-    except json.JSONDecodeError as error:
-        place = f"{path}:{first_line + error.lineno - 1}:{error.colno}"
-        todo = "put one whole object on each line, or all of them in a list"
-        raise UserError(place, f"broken JSON: {error.msg}", todo) from error
-    except (ValueError, RecursionError) as error:  # a number of 5,000 digits
-        reason = "is nested too deeply" if isinstance(error, RecursionError) else f"cannot be read: {error}"
-        line = first_line + text.count("\n", 0, at)
-        raise UserError(f"{path}:{line}", f"JSON that {reason}", "mend or remove the row") from error
+def _matching(pattern: str) -> tuple[str, list[str]]:
+    """The folder before the first special character, and the files below it that match the pattern.
+
+    Not glob.glob: its ** follows links to folders above them, 40 levels deep, in every order.
+    """
+    parts = Path(pattern).parts
+    first = next(index for index, part in enumerate(parts) if glob.has_magic(part))
+    folder, special = str(Path(*parts[:first])), parts[first:]
+    depth = None if "**" in special else len(special)
+    files = _files(folder, depth)
+    return folder, [path for path in files if _matches(Path(os.path.relpath(path, folder)).parts, special)]
 
 
-_DECODER = json.JSONDecoder()
+def _matches(parts: Sequence[str], pattern: Sequence[str]) -> bool:
+    """Whether the parts of a path match those of a pattern; ** stands for any number of them."""
+    if not pattern:
+        return not parts
+    if pattern[0] == "**":
+        return any(_matches(parts[index:], pattern[1:]) for index in range(len(parts) + 1))
+    return bool(parts) and fnmatchcase(parts[0], pattern[0]) and _matches(parts[1:], pattern[1:])
 
 
-def _csv_rows(path: Path) -> Iterator[Located]:
-    """Rows of a comma-separated file with a header; every cell is a text, exactly as it stands."""
-    reader = csv.reader(_text_lines(path), strict=True)
-    header: list[str] | None = None
-    begin = 1
-    try:
-        for cells in _wide_cells(reader):
-            place, begin = f"{path}:{begin}", reader.line_num + 1
-            if not cells:
-                continue
-            if header is None:
-                header = _csv_header(place, cells)
-            elif len(cells) != len(header):
-                what = f"{len(cells)} cells, but the header has {len(header)} columns"
-                raise UserError(place, what, "quote cells that hold commas or line breaks")
-            else:
-                yield place, dict(zip(header, cells, strict=True))
-    except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}", f"broken csv: {error}", "quote the cell correctly") from error
+def _files(folder: str, depth: int | None = None) -> list[str]:
+    """The files below a folder, at most `depth` names down, sorted, without hidden ones."""
+    return sorted(_walk(folder, depth), key=lambda path: Path(path).parts)
 
 
-def _wide_cells(reader: Iterator[list[str]]) -> Iterator[list[str]]:
-    """The reader's rows with cells of any length; the csv module's limit of 131,072 characters is one per process."""
-    while True:
-        limit = csv.field_size_limit(2**31 - 1)
-        try:
-            cells = next(reader, None)
-        finally:
-            csv.field_size_limit(limit)
-        if cells is None:
-            return
-        yield cells
+def _walk(folder: str, depth: int | None) -> Iterator[str]:
+    """The same in any order; each folder once, however many links lead to it.
+
+    Raises UserError for a folder that cannot be listed: its rows would be missing without a word. For the same reason
+    a link that leads nowhere counts as a file.
+    """
+    seen: set[tuple[int, int]] = set()
+    top = len(Path(folder).parts)
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_unlistable):
+        status = os.stat(parent)
+        is_seen = (status.st_dev, status.st_ino) in seen
+        seen.add((status.st_dev, status.st_ino))
+        is_deepest = depth is not None and len(Path(parent).parts) - top + 1 >= depth
+        folders[:] = [] if is_deepest or is_seen else sorted(name for name in folders if not name.startswith("."))
+        for name in names:
+            path = os.path.join(parent, name)
+            if not is_seen and not name.startswith(".") and (os.path.isfile(path) or not os.path.exists(path)):
+                yield path
 
 
-def _csv_header(place: str, cells: list[str]) -> list[str]:
-    """The names of the columns; each must be there once."""
-    double = sorted({name for name in cells if cells.count(name) > 1})
-    if double:
-        what = f"the header names {', '.join(map(repr, double))} twice"
-        raise UserError(place, what, "give each column its own name")
-    return cells
-
-
-def _parquet_rows(path: Path) -> Iterator[Located]:
-    """Rows of a parquet file, a few thousand at a time."""
-    import pyarrow  # type: ignore[import-untyped]
-    from pyarrow import parquet
-
-    number = 0
-    try:
-        with parquet.ParquetFile(path) as file:
-            for batch in file.iter_batches(batch_size=4096):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield f"{path}:row {number}", row
-    except pyarrow.ArrowException as error:
-        raise UserError(path, f"broken parquet file: {error}", "write or copy the file again") from error
-
-
-READERS: dict[str, Callable[[Path], Iterator[Located]]] = {
-    ".json": _json_rows,
-    ".jsonl": _json_rows,
-    ".csv": _csv_rows,
-    ".parquet": _parquet_rows,
-}
-
-
-# ── the hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _hub_rows(source: Source, role: Role) -> Iterator[Located]:
-    """Rows of a hub data set, through the cache of `datasets`."""
-    import datasets
-    from datasets.exceptions import DatasetsError
-
-    todo = "check the id, the name and the split, or download the rows and name the file"
-    try:
-        split = source.split or _default_split(datasets.get_dataset_split_names(source.path, source.name), role)
-        dataset = datasets.load_dataset(source.path, source.name, split=split)
-    except (DatasetsError, OSError, ValueError, RuntimeError) as error:  # the hub's HTTP errors are OSErrors
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        what = f"is no local file, and the hub does not give it: {reason}"
-        code = Exit.ENVIRONMENT if isinstance(error, ConnectionError) else Exit.USAGE
-        raise UserError(source.path, what, todo, code) from error
-    for number, row in enumerate(dataset, 1):
-        yield f"{source.path}[{split}]:row {number}", row
-
-
-def _default_split(splits: list[str], role: Role) -> str:
-    """`train` for training; for evaluation `test`, else `validation`."""
-    wanted = ("train",) if role == "train" else ("test", "validation")
-    found = [name for name in wanted if name in splits]
-    if not found:
-        raise ValueError(f"it has no split {' or '.join(wanted)}, only {', '.join(splits)}")
-    return found[0]
+def _unlistable(error: OSError) -> None:
+    """Called by os.walk where it would pass over a folder."""
+    if not isinstance(error, FileNotFoundError):
+        what = f"cannot be listed: {error.strerror}"
+        raise UserError(error.filename, what, "check the folder and its permissions") from error

@@ -11,7 +11,7 @@ import torch
 
 from qlora_cli.data.encode import Example
 from qlora_cli.model.base import Base
-from qlora_cli.tasks.causal_lm import collate, token_loss_sum, trained_logits
+from qlora_cli.tasks.causal_lm import batches, token_loss_sum, trained_logits
 
 
 @dataclass(frozen=True)
@@ -26,27 +26,31 @@ class HeldOutLoss:
 
 
 @torch.no_grad()
-def held_out_loss(base: Base, model: Any, examples: Sequence[Example], batch_size: int) -> HeldOutLoss:
+def held_out_loss(
+    base: Base, model: Any, examples: Sequence[Example], batch_size: int, packed: bool = False
+) -> HeldOutLoss:
     """Loss, perplexity and token accuracy of `model` on the examples; the model's mode is restored after.
 
-    Rows go longest first, so that a batch too large for the memory fails at once, and little is padding.
+    packed: whether the model keeps examples apart that go through it one behind the other. Longest first, so that a
+    batch too large for the memory fails at once.
     """
     training = model.training
     model.eval()
-    ordered = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)
+    longest = max(len(example.input_ids) for example in examples)
     loss = torch.zeros((), dtype=torch.float64, device=base.device)
     correct = torch.zeros((), dtype=torch.int64, device=base.device)
     tokens = 0
-    for start in range(0, len(ordered), batch_size):
-        batch = collate(ordered[start : start + batch_size], base.device)
-        with base.compute():
-            logits, targets = trained_logits(model, batch)
-        loss += token_loss_sum(logits, targets)
-        correct += (logits.argmax(dim=-1) == targets).sum()
-        tokens += targets.numel()
-    model.train(training)
+    try:
+        for batch in batches(examples, batch_size, longest, packed, base.device):
+            with base.compute():
+                logits, targets = trained_logits(model, batch)
+            loss += token_loss_sum(logits, targets)
+            correct += (logits.argmax(dim=-1) == targets).sum()
+            tokens += targets.numel()
+    finally:
+        model.train(training)
     mean = loss.item() / tokens
-    return HeldOutLoss(mean, exp(mean), correct.item() / tokens, tokens, len(ordered))
+    return HeldOutLoss(mean, exp(mean), correct.item() / tokens, tokens, len(examples))
 
 
 def exp(loss: float) -> float:

@@ -55,8 +55,8 @@ def recipe_markdown() -> str:
     parts = [HEAD]
     for path, section in sections():
         name = dotted(path).replace("[0]", "[]")
-        if name != "data.eval[]":
-            title = name.replace("data.train[]", "data.train[]` and `data.eval[]")
+        if not name.startswith("data.eval[]"):
+            title = name if "[]" not in name else f"{name}` and `{name.replace('train', 'eval')}"
             parts.append("\n".join(_table(f"`{title}`" if name else "Top level", section)))
     parts.append("\n".join(_rules()))
     return "\n".join(parts)

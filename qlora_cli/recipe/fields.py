@@ -13,8 +13,8 @@ from pydantic.fields import FieldInfo
 from qlora_cli.recipe.located_yaml import KeyPath, show
 from qlora_cli.recipe.schema import Recipe, Section
 
-PLAIN = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
-PLURAL = {str: "texts", bool: "true or false", int: "whole numbers", float: "numbers"}
+PLAIN = {str: "text", bool: "true or false", int: "a whole number", float: "a number", Any: "anything"}
+PLURAL = {str: "texts", bool: "true or false", int: "whole numbers", float: "numbers", Any: "anything"}
 
 
 @cache
@@ -40,8 +40,9 @@ def members(kind: Any) -> tuple[Any, ...]:
 
 
 def section_of(kind: Any) -> type[Section] | None:
-    """The section that a type holds, directly or as the entries of a list."""
-    kind = bare(kind)
+    """The section that a type holds, directly, beside null or as the entries of a list."""
+    held = [member for member in members(kind) if member is not type(None)]
+    kind = bare(held[0]) if len(held) == 1 else None
     if get_origin(kind) is list:
         kind = bare(get_args(kind)[0])
     return kind if isinstance(kind, type) and issubclass(kind, Section) else None

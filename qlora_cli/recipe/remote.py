@@ -1,15 +1,39 @@
-"""Does a recipe name anything that is not on this machine? If not, no socket is opened."""
+"""What a recipe names: on this machine or elsewhere? If nothing is elsewhere, no socket is opened."""
 
 from __future__ import annotations
 
+import glob
 import os
+import re
+from typing import Any
 
 from qlora_cli.recipe.schema import Recipe
 
 LOCAL_TRACKERS = ("tensorboard",)
 
+_FILE = re.compile(r"[./~].*|.*\.[A-Za-z]\w{0,7}")  # rows.jsonl is one, owner/corpus-v1.0 is not: as in data/sources.py
+
+
+def is_local(path: str) -> bool:
+    """Whether a path means something on this machine: it is there, or it has the form of a file or a pattern."""
+    return os.path.lexists(path) or glob.has_magic(path) or bool(_FILE.fullmatch(path))
+
 
 def names_something_remote(recipe: Recipe) -> bool:
     """Whether the model, a data source or a tracker may need the network: what is not found here may be on a hub."""
-    paths = [recipe.model.name_or_path, *(source.path for source in [*recipe.data.train, *recipe.data.eval])]
-    return any(not os.path.exists(path) for path in paths) or any(t not in LOCAL_TRACKERS for t in recipe.report_to)
+    sources = [*recipe.data.train, *recipe.data.eval]
+    remote = [not os.path.exists(recipe.model.name_or_path), *(not is_local(source.path) for source in sources)]
+    return any(remote) or any(tracker not in LOCAL_TRACKERS for tracker in recipe.report_to)
+
+
+def with_whole_paths(recipe: Recipe) -> Recipe:
+    """The recipe with every local path whole, so that its run is found from any folder."""
+    values: dict[str, Any] = recipe.model_dump(by_alias=True)
+    places = [(values["model"], "name_or_path"), (values["adapter"], "from"), (values["data"], "chat_template")]
+    for holder, name in places:
+        if holder[name] is not None and os.path.lexists(os.path.expanduser(holder[name])):
+            holder[name] = os.path.abspath(os.path.expanduser(holder[name]))
+    for source in [*values["data"]["train"], *values["data"]["eval"]]:
+        if is_local(source["path"]):
+            source["path"] = os.path.abspath(os.path.expanduser(source["path"]))
+    return Recipe.model_validate(values, by_alias=True, by_name=False)

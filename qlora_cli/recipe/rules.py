@@ -6,19 +6,18 @@ So "given" means: not the default.
 
 from __future__ import annotations
 
-import posixpath
-import re
+import glob
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from qlora_cli.recipe.fields import fields
 from qlora_cli.recipe.located_yaml import show
 from qlora_cli.recipe.problems import Problem
+from qlora_cli.recipe.remote import is_local
 from qlora_cli.recipe.schema import Adapter, Recipe, Section, Source
 
 Rule = Callable[[Recipe], Iterator[Problem]]
-
-FILE = re.compile(r"[./~].*|.*\.[A-Za-z]\w{0,7}")  # rows.jsonl is one, owner/corpus-v1.0 is not: as in data/sources.py
 
 
 def length_limits_come_in_pairs(recipe: Recipe) -> Iterator[Problem]:
@@ -120,6 +119,57 @@ def one_kind_of_held_out_data(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("data", "eval_fraction"), what, "Keep one of the two")
 
 
+def nothing_is_measured_without_held_out_data(recipe: Recipe) -> Iterator[Problem]:
+    """`training.eval_steps` needs held-out data: `data.eval` or `eval_fraction`."""
+    if not recipe.data.eval and not recipe.data.eval_fraction:
+        yield from _no_effect(recipe, "training", "eval_steps", "without `data.eval` or `data.eval_fraction`")
+
+
+def weights_are_for_training(recipe: Recipe) -> Iterator[Problem]:
+    """`weight` is for the sources of `data.train`: held-out rows are measured once each."""
+    for index, source in enumerate(recipe.data.eval):
+        if _given(source, "weight"):
+            what = f"`weight: {source.weight:g}` has no effect on held-out data"
+            yield Problem(("data", "eval", index, "weight"), what, "Delete it")
+
+
+def a_stream_has_no_end(recipe: Recipe) -> Iterator[Problem]:
+    """`streaming` is for all sources of `data.train` or for none; it needs `training.max_steps`, and held-out rows of
+    their own. A source of `data.eval` with it needs `limit`."""
+    streaming = [source.streaming for source in recipe.data.train]
+    place = ("data", "train", streaming.index(True), "streaming") if any(streaming) else ()
+    if any(streaming) and not all(streaming):
+        yield Problem(place, "`streaming: true` beside a source without it", "Set it for all of `data.train`, or none")
+    if any(streaming) and recipe.training.max_steps is None:
+        yield Problem(place, "`streaming: true` without `training.max_steps`", "Set it: nobody knows the last row")
+    if any(streaming) and recipe.data.eval_fraction:
+        yield Problem(place, "`streaming: true` beside `data.eval_fraction`", "Name held-out rows in `data.eval`")
+    for index, source in enumerate(recipe.data.eval):
+        if source.streaming and source.limit is None:
+            where = ("data", "eval", index, "streaming")
+            yield Problem(where, "`streaming: true` without `limit`", "Set `limit`: held-out rows are all kept")
+
+
+def a_template_is_the_format(recipe: Recipe) -> Iterator[Problem]:
+    """A source's rows are read by its `template` or by its `format`."""
+    for role in ("train", "eval"):
+        for index, source in enumerate(getattr(recipe.data, role)):
+            if source.template is not None and source.format != "auto":
+                what = f"`format: {source.format}` beside `template`"
+                yield Problem(("data", role, index, "format"), what, "Keep one of the two")
+
+
+def the_chat_template_keeps_its_own_names(recipe: Recipe) -> Iterator[Problem]:
+    """`data.chat_template_kwargs` does not hold what every chat template is given: messages, tools, ..."""
+    for name in recipe.data.chat_template_kwargs:
+        if name in TEMPLATE_NAMES or name.endswith("_token"):
+            what = f"`{name}` is given to every chat template by us"
+            yield Problem(("data", "chat_template_kwargs", name), what, "Delete it")
+
+
+TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt")
+
+
 def held_out_data_is_not_trained_on(recipe: Recipe) -> Iterator[Problem]:
     """What is in `data.eval` is not in `data.train`: the same file, or the same split of a hub data set."""
     trained = {_rows_of(source, "train"): index for index, source in enumerate(recipe.data.train)}
@@ -145,6 +195,11 @@ RULES: tuple[Rule, ...] = (
     a_constant_schedule_has_no_floor,
     one_kind_of_held_out_data,
     held_out_data_is_not_trained_on,
+    nothing_is_measured_without_held_out_data,
+    weights_are_for_training,
+    a_stream_has_no_end,
+    a_template_is_the_format,
+    the_chat_template_keeps_its_own_names,
 )
 
 
@@ -177,6 +232,7 @@ def _default(section: Section, name: str) -> Any:
 
 def _rows_of(source: Source, role: str) -> tuple[str, str | None, str]:
     """What tells one source's rows from another's. A file has no splits, a hub data set's depends on its use."""
-    if FILE.fullmatch(source.path):
-        return posixpath.normpath(source.path), None, ""
+    if is_local(source.path):
+        path = os.path.realpath(os.path.expanduser(source.path))
+        return path, None, (source.split or "") if os.path.isdir(path) or glob.has_magic(path) else ""
     return source.path, source.name, source.split or role

@@ -114,20 +114,50 @@ class Adapter(Section):
     from_: Text | None = key(None, "continue this adapter folder instead of starting anew", alias="from")
 
 
+class RowTemplate(Section):
+    """Two Jinja strings over a row's columns, for rows of no known format."""
+
+    prompt: str = key(..., "what is read: `Data: {{ mr }}\\nText:`")
+    completion: str = key(..., "what is trained: ` {{ ref }}`", min_length=1)
+    chat: bool = key(False, "put them into the chat template as a user's and an assistant's turn; false: verbatim")
+
+
 class Source(Section):
     """One data source."""
 
-    path: str = key(..., "a file (json, jsonl, csv, parquet) or a hub id", min_length=1)
-    name: Text | None = key(None, "configuration of a hub data set")
-    split: Text | None = key(None, "split of a hub data set; null: train for data.train, else test or validation")
-    format: Literal["auto", "alpaca", "messages", "prompt_completion", "question_answer", "text"] = key(
-        "auto", "row format; auto: by the columns, and the choice is printed"
+    path: str = key(
+        ...,
+        "a file (json, jsonl, csv, tsv, txt, each also as gz or zst; parquet, arrow), a folder, a pattern or a hub id",
+        min_length=1,
     )
+    name: Text | None = key(None, "configuration of a hub data set")
+    split: Text | None = key(
+        None, "split of a hub data set or a folder; null: of the hub train for data.train, else test or validation"
+    )
+    format: Literal[
+        "auto",
+        "alpaca",
+        "messages",
+        "sharegpt",
+        "prompt_completion",
+        "input_output",
+        "question_answer",
+        "summarisation",
+        "text",
+        "seed_tasks",
+        "hh_rlhf",
+        "oasst",
+        "chip2",
+        "self_instruct",
+        "longform",
+    ] = key("auto", "row format; auto: by the columns, and the choice is printed")
+    template: RowTemplate | None = key(None, "Jinja strings for columns of no known format, instead of format")
     limit: int | None = key(None, "use only the first rows", unit="rows", ge=1)
-    weight: Real = key(1.0, "share of this source in the mixture", live=(1.0,), gt=0)
-    streaming: bool = key(False, "read from disk while training", live=(False,))
-    template: dict[str, str] | None = key(
-        None, "two Jinja strings, prompt and completion, for any columns", live=(None,)
+    weight: Real = key(
+        1.0, "passes over this source in one epoch: 2 takes each row twice, 0.5 another half each time", gt=0
+    )
+    streaming: bool = key(
+        False, "read and prepare rows while training, shuffled in blocks of 4,096; needs training.max_steps"
     )
 
 
@@ -136,23 +166,31 @@ class Data(Section):
 
     train: list[Source] = key(..., "training data", min_length=1)
     eval: list[Source] = key(list, "held-out data")
-    eval_fraction: Real = key(0.0, "share of the training rows held out", live=(0.0,), ge=0, lt=1)
+    eval_fraction: Real = key(
+        0.0, "share of the training rows held out, chosen by their content and training.seed", ge=0, lt=1
+    )
     max_length: int = key(2048, "longest example", unit="tokens", ge=2)
     source_max_length: int | None = key(
         None, "longest prompt; with target_max_length, instead of max_length", unit="tokens", ge=1
     )
     target_max_length: int | None = key(None, "longest answer", unit="tokens", ge=1)
     packing: Literal["auto"] | bool = key(
-        "auto", "several examples in one row that cannot see each other", live=("auto", False)
+        "auto",
+        "true: examples that cannot see each other fill rows of max_length, and these are the rows of a step; "
+        "auto: the same examples in each step as without, but without padding; false: padded batches",
     )
     chat_template: Text | None = key(None, "a .jinja file; null: the tokenizer's own chat template")
+    chat_template_kwargs: dict[str, Any] = key(dict, "what the chat template is given besides: {enable_thinking: true}")
     train_on: Literal["completion", "last", "all"] = key(
-        "completion", "which tokens are trained: every answer, the last answer, or everything", live=("completion",)
+        "completion", "which tokens are trained: every answer, the last answer, or everything"
     )
     on_bad_row: Literal["error", "skip"] = key(
-        "error", "what happens to a row that cannot be read or trained on", live=("error",)
+        "error", "what happens to a row that cannot be read or trained on; skip: it is counted and listed"
     )
     on_long_row: Literal["error", "truncate", "skip"] = key("error", "what happens to a row beyond the length limits")
+    workers: Literal["auto"] | Annotated[int, Field(ge=1)] = key(
+        "auto", "processes that render and tokenise; auto: one per core, at most 16", unit="processes"
+    )
 
 
 class Training(Section):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
+from qlora_cli.data.packing import fill
+from qlora_cli.kernels.packed_attention import packed_arguments
 
 
 class Batch(NamedTuple):
@@ -18,6 +21,21 @@ class Batch(NamedTuple):
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+
+
+class PackedBatch(NamedTuple):
+    """Rows one behind the other without padding, T tokens in all; input_ids, position_ids and labels (1, T) int64.
+
+    position_ids start from 0 in each row, whose first token has the label IGNORE_INDEX: the row before must not predict
+    it. cu_seqlens: (D + 1,) int32, the bounds of the D rows from 0 to T. max_length: tokens of the longest, known
+    without asking the device.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+    max_length: int
 
 
 def collate(examples: Sequence[Example], device: torch.device) -> Batch:
@@ -35,9 +53,40 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
     return Batch(*(tensor.to(device, non_blocking=True) for tensor in (input_ids, attention_mask, labels)))
 
 
-def trained_logits(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+def collate_packed(examples: Sequence[Example], device: torch.device) -> PackedBatch:
+    """The examples, none of them empty, as one row on `device`, for a model that `check_isolation` let pass."""
+    lengths = [len(example.input_ids) for example in examples]
+    input_ids = torch.tensor([token for example in examples for token in example.input_ids])
+    position_ids = torch.tensor([position for length in lengths for position in range(length)])
+    labels = torch.tensor([label for example in examples for label in (IGNORE_INDEX, *example.labels[1:])])
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
+    rows = [tensor.unsqueeze(0).to(device, non_blocking=True) for tensor in (input_ids, position_ids, labels)]
+    return PackedBatch(rows[0], rows[1], rows[2], cu_seqlens, max(lengths))
+
+
+def batches(
+    examples: Sequence[Example], size: int, longest: int, packed: bool, device: torch.device
+) -> Iterator[Batch | PackedBatch]:
+    """The examples in forward passes, longest first, none of more tokens than `size` rows of `longest` tokens.
+
+    packed: one behind the other, in as few passes as that allows; else `size` of like length at once, padded.
+    """
+    ordered = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)
+    if packed:
+        for rows in fill([len(example.input_ids) for example in ordered], size * longest):
+            yield collate_packed([ordered[row] for row in rows], device)
+    else:
+        for begin in range(0, len(ordered), size):
+            yield collate(ordered[begin : begin + size], device)
+
+
+def trained_logits(model: Any, batch: Batch | PackedBatch) -> tuple[Tensor, Tensor]:
     """The (N, V) logits that predict the N trained tokens of the batch, and those tokens (N,)."""
-    logits = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
+    if isinstance(batch, PackedBatch):
+        arguments = packed_arguments(model, batch.position_ids, batch.cu_seqlens, batch.max_length)
+    else:
+        arguments = {"attention_mask": batch.attention_mask}
+    logits = model(input_ids=batch.input_ids, use_cache=False, **arguments).logits
     targets = batch.labels[:, 1:]
     trained = targets != IGNORE_INDEX
     return logits[:, :-1][trained], targets[trained]

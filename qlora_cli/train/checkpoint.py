@@ -32,7 +32,8 @@ MANIFEST = "manifest.json"
 class Progress:
     """Where a run stands after an optimizer step, beside the weights and the optimizer.
 
-    step: optimizer steps done, which is also the cursor into the data, since the order of rows is a function of it.
+    step: optimizer steps done, which is also the cursor into prepared data, the order of rows is a function of it.
+    place: the cursor into streamed data.
     random: one dict of generator states per process.
     logged: what the next logged line has summed up so far.
     """
@@ -40,6 +41,7 @@ class Progress:
     step: int
     random: list[dict[str, Tensor]]
     logged: dict[str, float]
+    place: dict[str, Any] | None = None
 
 
 def save_checkpoint(
@@ -54,6 +56,8 @@ def save_checkpoint(
         states = {f"{rank}.{name}": t for rank, state in enumerate(progress.random) for name, t in state.items()}
         save_file(states, place / "random.safetensors")
         state = {"step": progress.step, "logged": progress.logged, "optimizer": rest, "processes": len(progress.random)}
+        if progress.place is not None:
+            state["place"] = progress.place
         (place / "state.json").write_text(json.dumps(state, indent=1))
 
     path = publish(folder / f"step-{progress.step:06d}", write)
@@ -204,4 +208,4 @@ def load_checkpoint(checkpoint: Path, model: Any, optimizer: Optimizer, processe
     for name, tensor in load_file(checkpoint / "random.safetensors").items():
         rank, kind = name.split(".")
         random[int(rank)][kind] = tensor
-    return Progress(state["step"], random, state["logged"])
+    return Progress(state["step"], random, state["logged"], state.get("place"))

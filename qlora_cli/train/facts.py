@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from qlora_cli import __version__
-from qlora_cli.data.examples import Examples
 from qlora_cli.model.base import Base
 from qlora_cli.quant.bitsandbytes import quantized_modules
 from qlora_cli.recipe import Recipe
+from qlora_cli.train.feed import Feed
 from qlora_cli.train.publish import trained_template
 
 PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets", "tokenizers", "safetensors")
 
 
-def run_facts(recipe: Recipe, base: Base, base_fingerprint: str, train_set: Examples) -> dict[str, Any]:
+def run_facts(recipe: Recipe, base: Base, base_fingerprint: str, feed: Feed, today: date) -> dict[str, Any]:
     """Versions, device, seed, and the fingerprints that let eval, merge and resume prove what they stand on."""
     device = base.device
     return {
@@ -27,6 +28,7 @@ def run_facts(recipe: Recipe, base: Base, base_fingerprint: str, train_set: Exam
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in PACKAGES},
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})",
+        "date": today.isoformat(),
         "seed": recipe.training.seed,
         "base": {
             "name_or_path": recipe.model.name_or_path,
@@ -34,12 +36,12 @@ def run_facts(recipe: Recipe, base: Base, base_fingerprint: str, train_set: Exam
             "compute_dtype": str(base.compute_dtype).removeprefix("torch."),
             "quantized_modules": sorted(quantized_modules(base.model)),
         },
-        "data": {"rows": len(train_set.rows), "trained_tokens": train_set.num_trained},
+        "data": {"rows": len(feed.examples.rows), "trained_tokens": feed.examples.num_trained},
         "fingerprints": {
             "base": base_fingerprint,
             "tokenizer": digest(base.tokenizer.backend_tokenizer.to_str()),
             "chat_template": digest(str(trained_template(recipe, base))),
-            "data": digest_of_rows(train_set),
+            "data": feed.digest,
         },
     }
 
@@ -47,14 +49,6 @@ def run_facts(recipe: Recipe, base: Base, base_fingerprint: str, train_set: Exam
 def digest(text: str) -> str:
     """Hex SHA-256 of a text."""
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def digest_of_rows(examples: Examples) -> str:
-    """Hex SHA-256 over the token ids and labels of every row, in order."""
-    total = hashlib.sha256()
-    for row in examples.rows:
-        total.update(repr((row.input_ids, row.labels)).encode())
-    return total.hexdigest()
 
 
 def _version(package: str) -> str:

@@ -6,23 +6,25 @@ import resource
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_cli.data.order import Window, micro_batches, share_of, steps_per_epoch, windows
+from qlora_cli.data.encode import Example
+from qlora_cli.data.order import Window, micro_batches, share_of
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.evaluate.loss import held_out_loss
 from qlora_cli.model.base import readable_bytes
 from qlora_cli.recipe import Recipe
-from qlora_cli.tasks.causal_lm import Batch, collate
+from qlora_cli.tasks.causal_lm import Batch, PackedBatch, batches, collate_packed
 from qlora_cli.train.checkpoint import Progress, save_checkpoint
 from qlora_cli.train.optimizers import set_learning_rate
 from qlora_cli.train.publish import base_name, publish_adapter
 from qlora_cli.train.run import Run, append_metrics
 from qlora_cli.train.schedules import lr_factor
-from qlora_cli.train.session import Report, Session, prepare, rows_per_step
+from qlora_cli.train.session import Report, Session, prepare
 from qlora_cli.train.signals import Interrupted, asked_to_stop
 from qlora_cli.train.step import accumulate, clip, deterministic_kernels, random_state, sum_over_processes
 
@@ -42,6 +44,7 @@ def train(recipe: Recipe, run: Run, report: Report, pause_at: int | None = None,
         except torch.OutOfMemoryError as error:
             raise out_of_memory(session, error) from error
         finally:
+            session.feed.close()
             report.end()
         if session.step == session.total_steps and session.accelerator.is_main_process:
             publish_adapter(run.adapter, session.model, session.base, recipe, session.step)
@@ -54,8 +57,9 @@ def take_steps(session: Session, last_step: int) -> None:
     """Optimizer steps up to `last_step`, with what falls due between them: metrics, evaluations, checkpoints."""
     training = session.recipe.training
     with asked_to_stop(session.report.say) as stop_code:
-        for window in windows_left(session, last_step):
+        for window, place in session.feed.windows(last_step, session.step, session.place):
             code = take_step(session, window, stop_code)
+            session.place = place
             last = session.step == session.total_steps
             if last or session.step % training.logging_steps == 0:
                 log_metrics(session, window)
@@ -69,7 +73,7 @@ def take_steps(session: Session, last_step: int) -> None:
 
 def out_of_memory(session: Session, error: torch.OutOfMemoryError) -> UserError:
     """What did not fit, and which keys make it smaller."""
-    longest = max(row.num_tokens for row in session.train_set.rows)
+    longest = session.feed.longest
     peak = readable_bytes(memory_bytes(session.base.device))
     return UserError(
         f"step {session.step + 1}",
@@ -80,19 +84,12 @@ def out_of_memory(session: Session, error: torch.OutOfMemoryError) -> UserError:
     )
 
 
-def windows_left(session: Session, last_step: int) -> Iterator[Window]:
-    """The rows of each optimizer step from the session's next one to `last_step`."""
-    num_rows, seed = len(session.train_set.rows), session.recipe.training.seed
-    return windows(num_rows, rows_per_step(session), seed, last_step, session.step)
-
-
-def take_step(session: Session, window: Window, stop_code: Callable[[], Exit | None]) -> Exit | None:
+def take_step(session: Session, window: Window[Example], stop_code: Callable[[], Exit | None]) -> Exit | None:
     """One optimizer step over the window's rows; returns the signal that any process received before its end."""
     training = session.recipe.training
-    rows = [session.train_set.rows[index] for index in window.rows]
-    num_tokens = sum(row.num_trained for row in rows)
+    num_tokens = sum(row.num_trained for row in window.rows)
     set_learning_rate(session.optimizer, training.learning_rate * lr_factor(training, window.step, session.total_steps))
-    loss = accumulate(session.base, session.model, batches(session, window), num_tokens)
+    loss = accumulate(session.base, session.model, own_batches(session, window), num_tokens)
     parameters = [p for group in session.optimizer.param_groups for p in group["params"]]
     loss, code = sum_over_processes(session.accelerator, parameters, loss, stop_code())
     grad_norm = clip(parameters, training.max_grad_norm)
@@ -108,20 +105,24 @@ def take_step(session: Session, window: Window, stop_code: Callable[[], Exit | N
     return code
 
 
-def batches(session: Session, window: Window) -> Iterator[Batch]:
-    """This process's micro-batches of the window, rows of like length together: less padding, the same gradient."""
-    rows = session.train_set.rows
-    by_length = sorted(window.rows, key=lambda index: len(rows[index].input_ids))
-    mine = share_of(by_length, session.accelerator.process_index, session.accelerator.num_processes)
-    for indices in micro_batches(mine, session.recipe.training.micro_batch_size):
-        yield collate([rows[index] for index in indices], session.base.device)
+def own_batches(session: Session, window: Window[Example]) -> Iterator[Batch | PackedBatch]:
+    """This process's forward passes of the window; how it is cut does not change the gradient."""
+    accelerator, device = session.accelerator, session.base.device
+    size = session.recipe.training.micro_batch_size
+    by_length = sorted(window.units, key=lambda unit: sum(row.num_tokens for row in unit))
+    mine = share_of(by_length, accelerator.process_index, accelerator.num_processes)
+    if session.feed.capacity is not None:
+        for units in micro_batches(mine, size):
+            yield collate_packed(list(chain.from_iterable(units)), device)
+    else:
+        yield from batches(list(chain.from_iterable(mine)), size, session.feed.longest, session.packed, device)
 
 
-def refuse_nonfinite(session: Session, window: Window, loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
+def refuse_nonfinite(session: Session, window: Window[Example], loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
     """Stops before an optimizer step that would put NaN or infinity into the adapter."""
     if torch.isfinite(loss) and torch.isfinite(grad_norm):
         return
-    places = ", ".join(session.train_set.rows[index].where for index in window.rows[:4])
+    places = ", ".join(row.where for row in window.rows[:4])
     raise UserError(
         f"step {window.step + 1}",
         f"loss {loss.item():g} and gradient norm {grad_norm.item():g} (rows {places}, ...)",
@@ -130,13 +131,13 @@ def refuse_nonfinite(session: Session, window: Window, loss: torch.Tensor, grad_
     )
 
 
-def log_metrics(session: Session, window: Window) -> None:
+def log_metrics(session: Session, window: Window[Example]) -> None:
     """One line of metrics over the steps since the last one: to the file, the display and the trackers."""
     training, logged = session.recipe.training, session.logged
     seconds = time.perf_counter() - session.clock
     values = {
         "step": session.step,
-        "epoch": session.step / steps_per_epoch(len(session.train_set.rows), rows_per_step(session)),
+        "epoch": session.feed.epochs_done(session.step),
         "loss": logged["loss"] / logged["tokens"],
         "learning_rate": training.learning_rate * lr_factor(training, window.step, session.total_steps),
         "grad_norm": logged["grad_norm"],
@@ -157,6 +158,7 @@ def evaluate(session: Session) -> None:
         session.model,
         session.eval_set.rows,
         session.recipe.training.micro_batch_size if size == "auto" else size,
+        session.packed,
     )
     tell(session, {"step": session.step, **{f"eval_{name}": value for name, value in asdict(result).items()}})
     session.clock += time.perf_counter() - started  # an evaluation is no training time
@@ -176,7 +178,7 @@ def save(session: Session) -> None:
 
     random = gather_object([random_state()])
     if session.accelerator.is_main_process:
-        progress = Progress(session.step, random, session.logged)
+        progress = Progress(session.step, random, session.logged, session.place)
         keep = session.recipe.training.save_total_limit
         name = base_name(session.recipe)
         save_checkpoint(session.run.checkpoints, session.model, session.optimizer, progress, name, keep)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli import __version__
-from qlora_cli.data.chat import load_chat
+from qlora_cli.data.chat import find_template
 from qlora_cli.model.adapter import save_adapter
 from qlora_cli.model.base import Base
 from qlora_cli.recipe import Recipe
@@ -54,8 +54,7 @@ def base_name(recipe: Recipe) -> str:
 
 def trained_template(recipe: Recipe, base: Base) -> str | None:
     """The chat template that the run trains with: it travels with the adapter."""
-    template = load_chat(recipe.data.chat_template, base.tokenizer, base.stop_token_ids).template
-    return template.text if template else None
+    return find_template(recipe.data.chat_template, base.tokenizer)[1]
 
 
 def card(recipe: Recipe, base: Base, steps: int) -> str:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +157,12 @@ def check_resume(run: Run, resume: str) -> None:
 def read_facts(run: Run) -> dict[str, Any] | None:
     """run.json, or None where the run has none yet."""
     return json.loads(run.facts.read_text()) if run.facts.exists() else None
+
+
+def date_of(run: Run) -> date:
+    """The day the run began, which a chat template that prints the date gets ever after; today for a new run."""
+    facts = read_facts(run)
+    return date.fromisoformat(facts["date"]) if facts and "date" in facts else date.today()
 
 
 def write_facts(run: Run, facts: dict[str, Any]) -> None:

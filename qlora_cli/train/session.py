@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Protocol
 
 from torch.optim import Optimizer
 
-from qlora_cli.data.examples import Examples, load_examples
-from qlora_cli.data.order import total_steps
-from qlora_cli.data.sources import Role
+from qlora_cli.data.examples import Examples, load_examples, wanted_rows
+from qlora_cli.data.limits import Limits
+from qlora_cli.data.order import Order
+from qlora_cli.data.readers import DataFile
+from qlora_cli.data.rows import Role, count
+from qlora_cli.data.statistics import layout_of
+from qlora_cli.data.stream import Stream
 from qlora_cli.errors import Exit, UserError
+from qlora_cli.kernels.isolation import NotIsolated, check_isolation, prepare_packing
 from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import Base, Found, find_base, fingerprint, load_base
 from qlora_cli.recipe import Recipe
 from qlora_cli.train.checkpoint import fault, load_checkpoint, newest_valid, step_of
-from qlora_cli.train.facts import digest_of_rows, run_facts
+from qlora_cli.train.facts import run_facts
+from qlora_cli.train.feed import Feed, Place, StoredFeed, StreamFeed
 from qlora_cli.train.optimizers import build_optimizer
-from qlora_cli.train.run import TRAINED_ON, Run, metrics_until, read_facts, write_facts
+from qlora_cli.train.run import TRAINED_ON, Run, date_of, metrics_until, read_facts, write_facts
 from qlora_cli.train.step import restore_random_state, seed_everything
 
 
@@ -28,6 +36,7 @@ class Report(Protocol):
     """What training tells while it runs; a display implements it."""
 
     def say(self, text: str) -> None: ...
+    def prepared(self, role: str, num_rows: int) -> None: ...
     def begin(self, step: int, total_steps: int) -> None: ...
     def advance(self, step: int) -> None: ...
     def metrics(self, values: dict[str, Any]) -> None: ...
@@ -36,7 +45,11 @@ class Report(Protocol):
 
 @dataclass
 class Session:
-    """Everything that one training process holds; `step` and `logged` are all that moves."""
+    """Everything that one training process holds; `step`, `place` and `logged` are all that moves.
+
+    place:  where the feed stands after `step` steps, where their number does not say it.
+    packed: whether examples go through the model one behind the other, without padding.
+    """
 
     recipe: Recipe
     run: Run
@@ -45,10 +58,12 @@ class Session:
     base: Base
     model: Any
     optimizer: Optimizer
-    train_set: Examples
+    feed: Feed
     eval_set: Examples
+    packed: bool
     total_steps: int
     step: int = 0
+    place: Place | None = None
     logged: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "tokens": 0.0})
     clock: float = field(default_factory=time.perf_counter)
     trained_tokens: int = 0  # since `clock`
@@ -59,12 +74,15 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     training = recipe.training
     accelerator = build_accelerator(recipe, run)
     found = find_base(recipe)
-    train_set = encode_role(recipe, found, "train", report)  # before the weights: a bad row is told in seconds
-    eval_set = encode_role(recipe, found, "eval", report)
+    today = date_of(run)
+    feed = open_feed(recipe, found, report, today, global_batch(recipe, accelerator))  # a bad row is told in seconds
+    eval_set = encode_role(recipe, found, "eval", report, today)
     base = load_base(recipe, accelerator.device, found)
     say_base(report, recipe, base)
-    refuse_beyond_context(base, train_set, eval_set)
+    refuse_trained_on(feed.examples, eval_set)
+    refuse_beyond_context(base, feed.examples, eval_set)
     base_digest = fingerprint(base.model)
+    packed = keep_apart(recipe, base, report)
 
     seed_everything(training.seed)  # before the adapter: its A matrices are random
     model = attach_adapter(base, recipe.adapter, recipe.model.task)
@@ -73,10 +91,11 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     optimizer, note = build_optimizer(model, training, base.device)
     if note:
         report.say(f"note     {training.optimizer} is {note}")
-    steps = total_steps(len(train_set.rows), global_batch(recipe, accelerator), training.epochs, training.max_steps)
-    session = Session(recipe, run, report, accelerator, base, model, optimizer, train_set, eval_set, steps)
+    steps = feed.total_steps(training.epochs, training.max_steps)
+    say_layout(report, recipe, feed, packed)
+    session = Session(recipe, run, report, accelerator, base, model, optimizer, feed, eval_set, packed, steps)
     if accelerator.is_main_process:
-        write_facts(run, run_facts(recipe, base, base_digest, train_set))
+        write_facts(run, run_facts(recipe, base, base_digest, feed, today))
     restore(session, resume)
     check_agreement(session, base_digest)
     seed_processes(session)
@@ -84,26 +103,106 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     return session
 
 
-def encode_role(recipe: Recipe, base: Found, role: Role, report: Report) -> Examples:
+def encode_role(recipe: Recipe, base: Found, role: Role, report: Report, today: date) -> Examples:
     """The encoded rows of data.train or data.eval, with what was read and left out told."""
-    sources = {"train": recipe.data.train, "eval": recipe.data.eval}[role]
-    examples = load_examples(sources, recipe.data, base.tokenizer, base.stop_token_ids, role)
+    examples = load_role(recipe, base, role, report, today)
     for line in examples.summary() if examples.rows else []:
         report.say(f"{role:<8} {line}")
     return examples
 
 
+def load_role(recipe: Recipe, base: Found, role: Role, report: Report, today: date) -> Examples:
+    """The encoded rows of data.train or data.eval, with nothing told but how far it is."""
+    return load_examples(
+        recipe.data,
+        role,
+        base.tokenizer,
+        base.stop_token_ids,
+        seed=recipe.training.seed,
+        today=today,
+        progress=lambda num_rows: report.prepared(role, num_rows),
+    )
+
+
+def open_feed(recipe: Recipe, base: Found, report: Report, today: date, units_per_step: int) -> Feed:
+    """What is trained on: the rows of data.train, all of them prepared, or read and prepared while training."""
+    data = recipe.data
+    if not data.train[0].streaming:
+        examples = encode_role(recipe, base, "train", report, today)
+        return StoredFeed(examples, order_of(recipe, examples, units_per_step))
+    wanted = wanted_rows(data, "train", base.tokenizer, base.stop_token_ids, seed=recipe.training.seed, today=today)
+    capacity = wanted.limits.longest if data.packing is True else None
+    workers = None if data.workers == "auto" else data.workers
+
+    def tell(error: UserError) -> None:
+        report.say(f"train    bad row left out: {error}")
+
+    stream = Stream(wanted, units_per_step, recipe.training.seed, capacity, workers, tell)
+    for source in data.train:
+        report.say(f"train    {source.path}: read while training, weight {source.weight:g}")
+    return StreamFeed(stream, wanted.limits.longest, stream.digest())
+
+
+def refuse_trained_on(train_set: Examples, eval_set: Examples) -> None:
+    """Refuses held-out files that are among the trained ones, whatever folder or pattern they were named by."""
+    if train_set.folder != eval_set.folder and not (train_set.is_split and eval_set.is_split):
+        trained = {os.path.realpath(part.path) for part in train_set.parts if isinstance(part, DataFile)}
+        for part in eval_set.parts:
+            if isinstance(part, DataFile) and os.path.realpath(part.path) in trained:
+                what = f"{part.path} is held out and trained on"
+                raise UserError("data.eval", what, "name other files: a model that has seen them cannot be measured")
+
+
 def refuse_beyond_context(base: Base, *sets: Examples) -> None:
     """Refuses rows of more tokens than the model has positions: it was never trained to read so far."""
     context = getattr(base.model.config, "max_position_embeddings", None)
-    too_long = [row for examples in sets for row in examples.rows if context and row.num_tokens > context]
-    if too_long:
-        first = too_long[0]
-        raise UserError(
-            first.where,
-            f"the row has {first.num_tokens:,} tokens, the model {context:,} positions ({len(too_long):,} such rows)",
-            f"set data.max_length: {context} and data.on_long_row to truncate or skip",
-        )
+    for examples in sets:
+        lengths = examples.lengths
+        too_long = [index for index in range(len(lengths)) if context and lengths[index] > context]
+        if too_long:
+            raise UserError(
+                examples.rows[too_long[0]].where,
+                f"the row has {lengths[too_long[0]]:,} tokens, the model {context:,} positions "
+                f"({count(len(too_long), 'such row')})",
+                f"set data.max_length: {context} and data.on_long_row to truncate or skip",
+            )
+
+
+def keep_apart(recipe: Recipe, base: Base, report: Report) -> bool:
+    """Whether examples can go through the model one behind the other: proven on the model itself.
+
+    Raises UserError where data.packing asks for it and the model mixes them.
+    """
+    wanted, attention = recipe.data.packing, recipe.model.attn_implementation
+    if wanted is False:
+        return False
+    vocabulary = base.model.get_input_embeddings().weight.shape[0]
+    try:
+        with base.compute():
+            if attention == "auto":
+                prepare_packing(base.model, base.device, vocabulary)
+            else:
+                check_isolation(base.model, base.device, vocabulary)
+    except NotIsolated as error:
+        if wanted is True:
+            todo = "set data.packing: false, or another model.attn_implementation"
+            raise UserError("data.packing", f"this model cannot train packed rows: {error}", todo) from error
+        report.say(f"note     padded batches, since this model does not keep packed rows apart: {error}")
+        return False
+    return True
+
+
+def order_of(recipe: Recipe, train_set: Examples, units_per_step: int) -> Order:
+    """The order of the examples; with data.packing: true, of rows that they fill."""
+    capacity = Limits.of(recipe.data).longest if recipe.data.packing is True else None
+    sources = tuple((source.num_examples, source.weight) for source in train_set.sources)
+    return Order(sources, units_per_step, recipe.training.seed, train_set.lengths, capacity)
+
+
+def say_layout(report: Report, recipe: Recipe, feed: Feed, packed: bool) -> None:
+    """How the examples of the first epoch lie in the batches, and what share of these is padding."""
+    if isinstance(feed, StoredFeed):
+        report.say(f"batches  {layout_of(feed.order, recipe.training.micro_batch_size).words(packed)}")
 
 
 def say_base(report: Report, recipe: Recipe, base: Base) -> None:
@@ -134,13 +233,8 @@ def build_accelerator(recipe: Recipe, run: Run) -> Any:
     return accelerator
 
 
-def rows_per_step(session: Session) -> int:
-    """The global batch of a session."""
-    return global_batch(session.recipe, session.accelerator)
-
-
 def global_batch(recipe: Recipe, accelerator: Any) -> int:
-    """The global batch: rows of one optimizer step over all processes."""
+    """The global batch: examples, or rows that they fill, of one optimizer step over all processes."""
     training = recipe.training
     return training.micro_batch_size * training.gradient_accumulation_steps * accelerator.num_processes
 
@@ -158,7 +252,7 @@ def restore(session: Session, resume: str) -> None:
     if newest is not None:
         check_belongs(newest, session)
         progress = load_checkpoint(newest, session.model, session.optimizer, accelerator.num_processes)
-        session.step, session.logged = progress.step, progress.logged
+        session.step, session.place, session.logged = progress.step, progress.place, progress.logged
         restore_random_state(progress.random[accelerator.process_index])
         session.report.say(f"resume   {newest}, step {session.step} of {session.total_steps}")
     if accelerator.is_main_process:
@@ -204,7 +298,7 @@ def check_agreement(session: Session, base_digest: str) -> None:
     for parameter in session.model.parameters():
         if parameter.requires_grad:
             weights.update(parameter.detach().cpu().numpy().tobytes())
-    mine = (session.step, base_digest, digest_of_rows(session.train_set), weights.hexdigest())
+    mine = (session.step, base_digest, session.feed.digest, weights.hexdigest())
     everyone = gather_object([mine])
     for what, seen in zip(("step", "base model", "training data", "adapter"), zip(*everyone, strict=True), strict=True):
         if len(set(seen)) > 1:

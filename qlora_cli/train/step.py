@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_cli.errors import Exit
 from qlora_cli.model.base import Base
-from qlora_cli.tasks.causal_lm import Batch, token_loss_sum, trained_logits
+from qlora_cli.tasks.causal_lm import Batch, PackedBatch, token_loss_sum, trained_logits
 
 STOPS = (Exit.SIGTERM, Exit.SIGINT)
 """Exit codes of the signals that end a run after the step in hand."""
@@ -39,7 +39,7 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def accumulate(base: Base, model: Any, batches: Iterable[Batch], num_tokens: int) -> Tensor:
+def accumulate(base: Base, model: Any, batches: Iterable[Batch | PackedBatch], num_tokens: int) -> Tensor:
     """Adds the gradient of this process's share of one optimizer step, and returns its share of the loss.
 
     num_tokens: trained tokens of the whole step, over all micro-batches and processes. Each micro-batch contributes

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from datetime import date
 from functools import cache
+from typing import Any, Literal
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from qlora_cli.data.chat import Chat, chat_settings, make_chat
+from qlora_cli.recipe.schema import Data
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
@@ -75,3 +80,22 @@ def tiny_tokenizer(
     )
     tokenizer.chat_template = template
     return tokenizer
+
+
+def chat_with(
+    tokenizer: PreTrainedTokenizerFast,
+    *stops: str,
+    train_on: Literal["completion", "last", "all"] = "completion",
+    **data: Any,
+) -> Chat:
+    """The tokenizer's chat on the second of January 2026; `stops` end a turn as its EOS does. data: keys of `data`."""
+    ids = frozenset(tokenizer.convert_tokens_to_ids(list(stops)))
+    return make_chat(
+        chat_settings(Data(train=[{"path": "x"}], train_on=train_on, **data), tokenizer, ids, date(2026, 1, 2))
+    )
+
+
+def tiny_chat(template: str | None = CHATML, *, train_on: Any = "completion", **options: Any) -> Chat:
+    """A chat on a tiny tokenizer; EOS and <|im_end|> end a turn. options: tiny_tokenizer's."""
+    kind = options.pop("kind", "bytes")
+    return chat_with(tiny_tokenizer(kind, template=template, **options), "<|im_end|>", train_on=train_on)

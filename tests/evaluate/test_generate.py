@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
-from qlora_cli.data.examples import load_examples
 from qlora_cli.evaluate.generate import Answer, exact_match, generate_answers, prompt_and_reference
 from qlora_cli.model.base import load_base
+from tests.tiny import train_rows
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def ready(tiny_model, rows_file):
         }
     )
     base = load_base(recipe, torch.device("cpu"))
-    return base, load_examples(recipe.data.train, recipe.data, base.tokenizer, base.stop_token_ids, "eval").rows
+    return base, train_rows(recipe, base)
 
 
 def test_answers_equal_a_plain_greedy_loop_for_every_batch_size(ready):

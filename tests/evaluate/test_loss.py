@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from qlora_cli.data.examples import load_examples
 from qlora_cli.evaluate.loss import exp, held_out_loss
 from qlora_cli.model.base import load_base
+from tests.tiny import train_rows
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ def plain(tiny_model, tmp_path_factory):
         }
     )
     base = load_base(recipe, CPU)
-    rows = load_examples(recipe.data.train, recipe.data, base.tokenizer, base.stop_token_ids, "eval").rows
+    rows = train_rows(recipe, base)
     return base, rows, texts
 
 

@@ -32,7 +32,7 @@ BASE: dict[str, Any] = {
     "model": {"name_or_path": "$model"},
     "quantization": {"compute_dtype": "float32"},
     "adapter": {"r": 4, "alpha": 8},
-    "data": {"train": [{"path": "$rows"}], "eval": [{"path": "$heldout"}], "max_length": 256},
+    "data": {"train": [{"path": "$rows"}], "eval": [{"path": "$heldout"}], "max_length": 256, "packing": False},
     "training": {
         "max_steps": 6,
         "micro_batch_size": 2,

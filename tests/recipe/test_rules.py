@@ -77,6 +77,42 @@ BROKEN = [
         "data.eval[0].path",
         "'org/set' is held out here and trained on in `data.train[0]`",
     ),
+    ("training: {eval_steps: 50}", "training.eval_steps", "`eval_steps: 50` has no effect without `data.eval`"),
+    (
+        "data: {train: [{path: a.csv, format: text, template: {prompt: a, completion: b}}]}",
+        "data.train[0].format",
+        "`format: text` beside `template`",
+    ),
+    (
+        "data: {train: [{path: a.jsonl, streaming: true}]}",
+        "data.train[0].streaming",
+        "`streaming: true` without `training.max_steps`",
+    ),
+    (
+        "data: {train: [{path: a.jsonl}, {path: b.jsonl, streaming: true}]}\ntraining: {max_steps: 5}",
+        "data.train[1].streaming",
+        "`streaming: true` beside a source without it",
+    ),
+    (
+        "data: {train: [{path: a.jsonl, streaming: true}], eval_fraction: 0.1}\ntraining: {max_steps: 5}",
+        "data.train[0].streaming",
+        "`streaming: true` beside `data.eval_fraction`",
+    ),
+    (
+        "data: {eval: [{path: org/held, streaming: true}]}",
+        "data.eval[0].streaming",
+        "`streaming: true` without `limit`",
+    ),
+    (
+        "data: {eval: [{path: held.jsonl, weight: 2}]}",
+        "data.eval[0].weight",
+        "`weight: 2` has no effect on held-out data",
+    ),
+    (
+        "data: {chat_template_kwargs: {messages: []}}",
+        "data.chat_template_kwargs.messages",
+        "`messages` is given to every chat template by us",
+    ),
 ]
 
 SOUND = [
@@ -96,6 +132,10 @@ SOUND = [
     "training: {max_steps: 10, epochs: 1}",
     "training: {warmup_steps: 10, warmup_ratio: 0.03}",
     "training: {lr_scheduler: linear, min_lr_ratio: 0.1}",
+    "training: {max_steps: 5}\ndata: {train: [{path: a.jsonl, streaming: true}]}",
+    "training: {eval_steps: 50}\ndata: {eval_fraction: 0.1}",
+    "data: {train: [{path: data, split: train}], eval: [{path: data, split: test}]}",
+    "data: {chat_template_kwargs: {enable_thinking: true}}",
 ]
 
 

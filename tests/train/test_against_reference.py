@@ -61,9 +61,9 @@ def reference(model_folder: Path, rows_file: Path, order: list[list[int]]) -> tu
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_twenty_steps_equal_the_reference(make_recipe, tiny_model, rows_file, checkpointing):
-    from qlora_cli.data.order import windows
+    from qlora_cli.data.order import Order
 
-    order = [window.rows for window in windows(12, ROWS_PER_STEP, SEED, STEPS)]
+    order = [window.rows for window in Order(((12, 1.0),), ROWS_PER_STEP, SEED).windows(STEPS)]
     losses, start, expected = reference(tiny_model, rows_file, order)
     recipe = make_recipe(
         training={

@@ -189,3 +189,18 @@ def test_a_checkpoint_of_two_processes_is_not_continued_by_one(tiny_model, rows_
 
     with pytest.raises(UserError, match="written by 1 processes, continued by 2: the global batch would differ"):
         load_checkpoint(uninterrupted / "checkpoints" / "step-000006", None, None, processes=2)
+
+
+@pytest.mark.parametrize("packing", ["auto", True])
+def test_a_stream_goes_on_where_it_stopped(tmp_path, tiny_model, rows_file, packing, monkeypatch):
+    """In the middle of a block, and of its second pass over the rows."""
+    monkeypatch.setattr("qlora_cli.data.stream.BLOCK", 8)
+    streamed = {"train": [{"path": str(rows_file), "streaming": True}], "packing": packing}
+    runs = [tmp_path / "whole", tmp_path / "stopped"]
+    for run, pauses in zip(runs, ([], [1, 5]), strict=True):
+        recipe = hard_recipe(tiny_model, rows_file, run)
+        recipe = recipe.model_validate({**recipe.model_dump(by_alias=True), "data": {**streamed, "max_length": 256}})
+        for pause in pauses:
+            train(recipe, pause_at=pause)
+        train(recipe)
+    check_equal(*runs)

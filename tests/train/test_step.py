@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora_cli.data.examples import load_examples
 from qlora_cli.data.order import micro_batches, share_of
 from qlora_cli.errors import Exit
 from qlora_cli.model.adapter import attach_adapter
@@ -20,6 +19,7 @@ from qlora_cli.train.step import (
     seed_everything,
     sum_over_processes,
 )
+from tests.tiny import train_rows
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def trained_once(tmp_path_factory, tiny_model, rows_file):
         }
     )
     base = load_base(recipe, torch.device("cpu"))
-    rows = load_examples(recipe.data.train, recipe.data, base.tokenizer, base.stop_token_ids, "train").rows
+    rows = train_rows(recipe, base)
     seed_everything(1)
     model = attach_adapter(base, recipe.adapter).train()
     for parameter in parameters_of(model):

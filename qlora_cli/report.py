@@ -1,0 +1,143 @@
+"""The written page of a preview: one file that loads nothing, with all that comes from data escaped."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from qlora_cli.data.rows import count
+from qlora_cli.data.view import SPREAD, range_in_words, source_figures, source_in_words, spread_figures, visible
+from qlora_cli.errors import Exit, UserError
+
+MARK = "<!-- written by qlora preview: it may be overwritten -->"
+"""In the beginning of every page, so that no other file is ever overwritten."""
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1c1f23; --paper: #fff; --soft: #667; --line: #d9dce1; --trained: #0b6b34;
+  --ground: #dff3e4; --token: #e6e8ec }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e6ea; --paper: #15171a; --soft: #9aa0aa; --line: #34383f;
+  --trained: #8fe0ab; --ground: #16351f; --token: #2c3037 } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--paper); max-width: 60rem;
+  margin: 2rem auto; padding: 0 1rem }
+h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2.2rem } p, dt, .path { color: var(--soft) }
+table { border-collapse: collapse } th, td { padding: .2rem .9rem .2rem 0; text-align: right; vertical-align: top;
+  font-variant-numeric: tabular-nums; border-bottom: 1px solid var(--line) }
+th { font-weight: 500; color: var(--soft) } th:first-child, td:first-child { text-align: left }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1.2rem } dd { margin: 0 }
+.bars { display: grid; grid-template-columns: max-content 1fr max-content; gap: .15rem .8rem; max-width: 40rem;
+  font-variant-numeric: tabular-nums } .bars > :nth-child(3n + 1) { text-align: right }
+.bar { background: var(--trained); height: 1rem; align-self: center; min-width: 1px } .bar.none { min-width: 0 }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; border: 1px solid var(--line); border-radius: .3rem;
+  padding: .8rem; font: 14px/1.5 ui-monospace, monospace; color: var(--soft) }
+.t { color: var(--trained); background: var(--ground) }
+.s { border: 1px solid var(--line); border-radius: .25rem; padding: 0 .2rem; font-size: .85em }
+.s:not(.t) { background: var(--token) }
+"""
+
+
+def refuse_foreign(path: Path) -> None:
+    """Refuses a place for a page where something else is that we did not write."""
+    if path.is_dir() or not path.parent.is_dir():
+        what = "is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise UserError(path, what, "name a file in a folder that exists")
+    if path.exists():
+        with path.open("rb") as file:
+            begin = file.read(200)
+        if MARK.encode() not in begin:
+            raise UserError(path, "is there already, and no page of ours", "name another file", Exit.REFUSED)
+
+
+def write_page(path: Path, result: dict[str, Any]) -> None:
+    """Writes the page of a preview; what is there must be a page of ours."""
+    refuse_foreign(path)
+    page, aside = preview_page(result).encode(), path.with_name(f".{path.name}.tmp")
+    try:
+        aside.write_bytes(page)
+        aside.replace(path)
+    except OSError as error:
+        raise UserError(path, f"cannot be written: {error.strerror}", "name another file", Exit.FAILED) from error
+
+
+def preview_page(result: dict[str, Any]) -> str:
+    """The page of what `plan.preview.preview` returns."""
+    title = f"{'Training' if result['role'] == 'train' else 'Held-out'} rows for {escaped(result['model'])}"
+    statistics = result["statistics"]
+    facts = [*result["summary"], *(("note", note) for note in result["notes"])]
+    described = "".join(f"<dt>{escaped(label)}</dt><dd>{escaped(text)}</dd>" for label, text in facts)
+    parts = [
+        f"<h1>{title}</h1>",
+        f"<dl>{described}</dl>",
+        f"<h2>Sources</h2>{table(('', 'rows', 'examples', 'tokens', 'trained'), map(source_cells, result['sources']))}",
+        f"<h2>Lengths in tokens</h2>{lengths(statistics)}",
+        f"<h2>Tokens of an example</h2>{bars(statistics['histogram'])}",
+        "<h2>Examples as the model sees them</h2>",
+        '<p><span class="t">trained</span> &ensp; not trained &ensp; <span class="s">special token</span></p>',
+        *map(row, result["rows"]),
+    ]
+    return f"""<!doctype html>
+{MARK}
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>{STYLE}</style>
+</head>
+<body>
+{chr(10).join(parts)}
+</body>
+</html>
+"""
+
+
+def escaped(text: object) -> str:
+    """Text for HTML, with control characters spelled out; half a character, which UTF-8 cannot write, too."""
+    return html.escape(visible(str(text))).encode("utf-8", "backslashreplace").decode()
+
+
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table of cells that are HTML already."""
+    lines = "".join(f"<tr>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>\n" for cells in rows)
+    return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>\n{lines}</table>"
+
+
+def source_cells(source: dict[str, Any]) -> list[str]:
+    """What was read of a source."""
+    name = f'{escaped(source["path"])}<br><span class="path">{escaped(source_in_words(source))}</span>'
+    return [name, *source_figures(source)]
+
+
+def lengths(statistics: dict[str, Any]) -> str:
+    """How the lengths of examples and answers are spread."""
+    rows = (("example", "lengths"), ("trained", "answers"))
+    return table(("", *SPREAD), ([label, *spread_figures(statistics[key])] for label, key in rows))
+
+
+def bars(histogram: list[dict[str, int]]) -> str:
+    """The histogram as bars."""
+    most = max(one["num_examples"] for one in histogram)
+    lines = []
+    for one in histogram:
+        empty = "" if one["num_examples"] else " none"
+        drawn = f'<div class="bar{empty}" style="width: {100 * one["num_examples"] / most:.2f}%"></div>'
+        lines.append(f"<div>{range_in_words(one)}</div>{drawn}<div>{one['num_examples']:,}</div>")
+    return f'<div class="bars">{"".join(lines)}</div>'
+
+
+def row(shown: dict[str, Any]) -> str:
+    """An example under its place."""
+    place = f"{shown['number']:,} &ensp; {escaped(shown['where'])}"
+    told = f"{count(shown['num_tokens'], 'token')}, {shown['num_trained']:,} trained"
+    text = "".join(piece(part) for part in shown["pieces"])
+    return f'<h3>{place}</h3><p>{told}</p>\n<pre dir="auto">\n{text}</pre>'
+
+
+def piece(part: dict[str, Any]) -> str:
+    """Tokens that follow each other; the ids of a special one in its title."""
+    names = " ".join(name for name, wanted in (("t", part["trained"]), ("s", part["special"])) if wanted)
+    title = f' title="token {part["ids"][0]}"' if part["special"] else ""
+    text = escaped(part["text"])
+    return f'<span class="{names}"{title}>{text}</span>' if names else text
