@@ -23,8 +23,10 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
 from qlora_cli.train import loop
 from qlora_cli.train.checkpoint import MANIFEST, fault
+from qlora_cli.train.reading import encode_role
+from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, check_resume, claim, date_of, locked, read_facts, replace_text
-from qlora_cli.train.session import Report, encode_role, say_base
+from qlora_cli.train.session import say_base
 from qlora_cli.train.signals import Interrupted
 
 __all__ = ["PAGE_ROWS", "Interrupted", "bad_rows", "evaluate", "merge", "preview", "train"]

@@ -59,16 +59,18 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a packed row, and at most of any other")
     parser.add_argument("--bins", type=int, default=3, help="packed rows of a step")
     parser.add_argument("--turns", type=int, default=3, help="measurements of each layout")
+    parser.add_argument("--threads", type=int, default=2, help="1 on a busy machine: two wait for each other")
+    parser.add_argument("--compute", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--json", type=Path, help="where every single measurement goes")
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    torch.set_num_threads(arguments.threads)
     found = []
     print("| data | compute | real tokens of padded batches | packed rows full | padded | auto | packed | kept |")
     print("|---|---|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as name:
         os.environ["QLORA_CACHE"] = name
         folder = write_model(Path(name), arguments.data, arguments.layers, arguments.hidden)
-        for dtype in ("float32", "bfloat16"):
+        for dtype in arguments.compute:
             for data, path in DATA.items():
                 recipe = recipe_of(folder, str(arguments.data / path), dtype, arguments.length)
                 found.append({"data": data, "dtype": dtype, **measure(recipe, arguments.bins, arguments.turns)})

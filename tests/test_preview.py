@@ -205,7 +205,8 @@ def test_no_line_is_too_long_and_no_word_of_a_table_is_broken(make_recipe, rows_
 
 def test_what_training_says_of_the_batches_is_what_the_preview_says(make_recipe):
     from qlora_cli.model.base import find_base
-    from qlora_cli.train.session import load_role, order_of, say_layout
+    from qlora_cli.train.feed import StoredFeed
+    from qlora_cli.train.reading import load_role, order_of, say_layout
 
     class Told(QuietReport):
         def say(self, text: str) -> None:
@@ -216,7 +217,7 @@ def test_what_training_says_of_the_batches_is_what_the_preview_says(make_recipe)
         result = preview(recipe, QuietReport(), "train", None, 0)
         examples = load_role(recipe, find_base(recipe), "train", QuietReport(), date.today())
         told = Told()
-        say_layout(told, recipe, order_of(recipe, examples, 4), packing)
+        say_layout(told, recipe, StoredFeed(examples, order_of(recipe, examples, 4)), packing)
         assert told.text == f"batches  {result['statistics']['epoch']['batches']}"
 
 

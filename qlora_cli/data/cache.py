@@ -21,6 +21,7 @@ from typing import Any
 
 from qlora_cli.data.chat import ChatSettings
 from qlora_cli.data.limits import Limits
+from qlora_cli.data.lines import readable
 from qlora_cli.data.readers import DataFile
 from qlora_cli.data.rows import Role
 from qlora_cli.data.sources import Part, Resolved
@@ -54,10 +55,15 @@ def key_of(wanted: Wanted, resolved: Sequence[Resolved]) -> str:
 def stream_digest(wanted: Wanted, parts: Sequence[Sequence[Part]]) -> str:
     """The same for rows that are streamed: of local files name and size, since reading them would take too long."""
     named = [
-        [(part.path, os.path.getsize(part.path)) if isinstance(part, DataFile) else part.digest() for part in found]
-        for found in parts
+        [_name_and_size(part) if isinstance(part, DataFile) else part.digest() for part in found] for found in parts
     ]
-    return hashlib.sha256(repr((_options(wanted), named)).encode()).hexdigest()
+    order = [(Path(__file__).parent / name).read_bytes() for name in ("order.py", "packing.py", "stream.py")]
+    return hashlib.sha256(repr((code_version(), order, _options(wanted), named)).encode()).hexdigest()
+
+
+def _name_and_size(file: DataFile) -> tuple[str, int]:
+    with readable(file.path):
+        return file.path, os.path.getsize(file.path)
 
 
 def _options(wanted: Wanted) -> tuple[Any, ...]:
@@ -94,7 +100,7 @@ def cache_folder() -> Path:
     """
     named = os.environ.get("QLORA_CACHE")
     home = os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "qlora")
-    folder = Path(named or home).expanduser() / "prepared"
+    folder = Path(os.path.expanduser(named or home)) / "prepared"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -6,6 +6,7 @@ a `Chat` of it with `tokenizers` and `jinja2` alone.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from datetime import date
@@ -163,7 +164,7 @@ def find_template(chat_template: str | None, tokenizer: PreTrainedTokenizerBase)
             what = f"the tokenizer has several chat templates ({', '.join(own)}) and none is called default"
             raise UserError("data.chat_template", what, "save one of them as a .jinja file and name it")
         return "the tokenizer's chat template", (own["default"] if isinstance(own, dict) else own) or None
-    path = Path(chat_template).expanduser()
+    path = Path(os.path.expanduser(chat_template))
     try:
         if not path.exists():
             raise UserError("data.chat_template", f"no such file: {path}{near_names(path)}", "name a .jinja file")

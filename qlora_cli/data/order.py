@@ -72,6 +72,7 @@ class Order:
     seed: int
     lengths: Rows = field(default_factory=lambda: np.zeros(0, np.int64), compare=False)
     capacity: int | None = None
+    _num_units: dict[int, int] = field(default_factory=dict, compare=False)
     _last: dict[int, _Units] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
@@ -91,7 +92,9 @@ class Order:
         """Optimizer steps of an epoch; the last one takes what is left."""
         if self.capacity is None:
             return math.ceil(num_taken(self.sources) / self.units_per_step)
-        return math.ceil(len(self.epoch(epoch)) / self.units_per_step)
+        if epoch not in self._num_units:  # packing an epoch again to count its rows would cost seconds
+            self._num_units[epoch] = len(self.epoch(epoch))
+        return math.ceil(self._num_units[epoch] / self.units_per_step)
 
     def total_steps(self, epochs: float, max_steps: int | None = None) -> int:
         """Optimizer steps of a run: `max_steps` where set, else so many passes, a fraction of a step rounded up.
@@ -124,7 +127,7 @@ class Order:
             epoch = step // self.steps_of(0)
             return epoch, epoch * self.steps_of(0)
         epoch = begin = 0
-        while step >= begin + self.steps_of(epoch):
+        while step > begin and step >= begin + self.steps_of(epoch):
             begin += self.steps_of(epoch)
             epoch += 1
         return epoch, begin
@@ -132,7 +135,7 @@ class Order:
     def epochs_done(self, step: int) -> float:
         """How many epochs `step` steps are."""
         epoch, begin = self.place(step)
-        return epoch + (step - begin) / self.steps_of(epoch)
+        return epoch + (step - begin) / self.steps_of(epoch) if step > begin else float(epoch)
 
 
 def epoch_order(sources: Sequence[tuple[int, float]], seed: int, epoch: int) -> Rows:

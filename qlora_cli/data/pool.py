@@ -38,7 +38,11 @@ COMMAND = (
 
 
 class Died(Exception):
-    """A process ended before it answered; the message says of what, as a clause."""
+    """A process ended before it answered; the message says of what, as a clause. of_row: by a limit that it met."""
+
+    def __init__(self, reason: str, of_row: bool = False) -> None:
+        super().__init__(reason)
+        self.of_row = of_row
 
 
 class Pool:
@@ -102,7 +106,10 @@ class Pool:
         return total
 
     def _buried(self, task: Task, death: Died) -> Result:
-        """The result of a row that ended its process."""
+        """The result of a row that ended its process. Raises UserError where it was not the row's doing."""
+        if not death.of_row:
+            todo = "start the same command again; set data.workers lower where memory is short"
+            raise UserError(task.places[0], f"the process that prepared the row {death}", todo, Exit.FAILED)
         with self.lock:
             self.num_deaths += 1
         error = UserError(task.places[0], f"preparing the row {death}", "mend or remove the row, or the chat template")
@@ -191,18 +198,18 @@ class _Process:
             self.child.stdin.write(struct.pack("<Q", len(data)) + data)
             self.child.stdin.flush()
         except BrokenPipeError:
-            raise Died(self._reason()) from None
+            raise self._death() from None
 
     def _hear(self) -> tuple[dict[str, Any], bytes]:
         """The next answer: its header and its ids."""
         assert self.child.stdout is not None
         head = self.child.stdout.read(16)
         if len(head) < 16:
-            raise Died(self._reason())
+            raise self._death()
         sizes = struct.unpack("<QQ", head)
         text, ids = (self.child.stdout.read(size) for size in sizes)
         if len(ids) < sizes[1]:
-            raise Died(self._reason())
+            raise self._death()
         header = json.loads(text)
         if bug := header.get("bug"):
             raise RuntimeError(f"a preparing process failed:\n{bug}")
@@ -210,16 +217,16 @@ class _Process:
             raise UserError(*error)
         return header, ids
 
-    def _reason(self) -> str:
-        """Why the process ended, as a clause."""
+    def _death(self) -> Died:
+        """Why the process ended."""
         code = self.child.wait()
         if code == -signal.SIGPROF:
-            return f"took more than {self.allowed}"
+            return Died(f"took more than {self.allowed}", of_row=True)
         if code in (-signal.SIGABRT, -signal.SIGSEGV):
-            return f"needed more than {self.job.memory_bytes // 2**20:,} MiB of memory"
+            return Died(f"needed more than {self.job.memory_bytes // 2**20:,} MiB of memory", of_row=True)
         if code == -signal.SIGKILL:
-            return "was killed from outside: mostly the system does so when memory runs out"
-        return f"ended its process (exit status {code})"
+            return Died("was killed from outside: mostly the system does so when memory runs out")
+        return Died(f"ended its process (exit status {code})")
 
 
 def _add(total: Result, one: Result, index: int) -> None:

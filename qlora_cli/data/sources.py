@@ -82,6 +82,13 @@ def resolve(source: Source, role: Role) -> Resolved:
     if _on_hub(source.path):
         split = source.split or default_split(source.path, source.name, role)
         return Resolved((HubData(source.path, source.name, split, source.streaming),))
+    try:
+        os.lstat(path)
+    except PermissionError as error:  # of a folder above it
+        what = f"cannot be read: {error.strerror}"
+        raise UserError(path, what, "check the folder and its permissions") from error
+    except OSError:
+        pass
     raise UserError(path, "no such file" + near_names(Path(path)), "correct the path of the data source")
 
 

@@ -7,6 +7,7 @@ where its block begins and the number of units taken of it: going on there reads
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -83,7 +84,8 @@ class _Block:
 class Stream:
     """The training rows of sources with `streaming: true`, for a `with` block: its processes end with it.
 
-    capacity: examples are packed into rows of so many tokens at most. tell: is given every row that is left out.
+    capacity: examples are packed into rows of so many tokens at most. tell: is given every bad row that is left out.
+    tally: counts of what was read so far, by the names of the fields of examples.Examples.
     """
 
     def __init__(
@@ -103,6 +105,7 @@ class Stream:
         )
         self.ahead = ThreadPoolExecutor(1)
         self.readers: list[_Reader] = []
+        self.tally: Counter[str] = Counter()
 
     def digest(self) -> str:
         """SHA-256 of what is read and how: files by name and size, since streams are too long to be hashed."""
@@ -150,6 +153,9 @@ class Stream:
             reader = self._reader(index, place)
             examples += self._drawn(reader, self._quota(index, number), block)
             after.append(reader.place)
+        if examples and not self.tally["num_stops"]:
+            what = "no row ends with a stop token, so the model would never learn to stop"
+            raise UserError("data.train", what, "raise the length limit, or set data.on_long_row: skip")
         if not examples:
             what = f"no row is left of {BLOCK:,}: each is bad, too long or loses its whole answer"
             raise UserError("data.train", what, "raise the limit, or mend the rows")
@@ -175,6 +181,7 @@ class Stream:
         source, parts = reader.source, reader.parts
         found = list(portions_of(islice(reader.rows, num_rows), source, parts, self.wanted, reader.place.format))
         for portion, result in zip(found, self.pool.map(portion.task for portion in found), strict=True):
+            self.tally += result.tally
             bad = portion.bad_rows(result)
             if bad and not self.wanted.skip_bad:
                 raise bad[0]

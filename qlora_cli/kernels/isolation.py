@@ -59,7 +59,7 @@ def check_isolation(model: Any, device: torch.device, vocab_size: int) -> None:
             packed, other = _packed_logits(model, rows, device), _packed_logits(model, changed, device)
         except torch.OutOfMemoryError:
             raise
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except Exception as error:  # anybody's model code, given what it was not written for
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise NotIsolated(f"a row of packed documents fails: {reason}") from error
         padded = _padded_logits(model, rows, device)

@@ -15,8 +15,9 @@ from qlora_cli.errors import UserError
 from qlora_cli.model.base import Found, find_base
 from qlora_cli.model.source import read_json
 from qlora_cli.recipe import Recipe
+from qlora_cli.train.reading import load_role, order_of
+from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, date_of
-from qlora_cli.train.session import Report, load_role, order_of
 
 SHOWN_ROWS, PAGE_ROWS = 3, 20
 """Examples that are shown of a single source, and on a page."""
@@ -63,7 +64,7 @@ def bad_rows(recipe: Recipe, report: Report, role: Role) -> dict[str, Any]:
     except Unfit as error:
         told = error
     problems = [{"where": where, "what": what, "todo": todo} for where, what, todo in told.bad]
-    if isinstance(told, Unfit) and told.num_bad < told.num_rows:
+    if isinstance(told, Unfit) and (told.num_bad < told.num_rows or not told.num_rows):
         problems.append({"where": told.where, "what": told.what, "todo": told.todo})
     counts = {"num_rows": told.num_rows, "num_bad": told.num_bad, "num_listed": len(told.bad)}
     return {"role": role, **counts, "problems": problems}

@@ -26,14 +26,19 @@ def names_something_remote(recipe: Recipe) -> bool:
     return any(remote) or any(tracker not in LOCAL_TRACKERS for tracker in recipe.report_to)
 
 
+def whole(path: str) -> str:
+    """The path from the root on. Not abspath: that takes link/.. for the folder that link is in."""
+    return os.path.join(os.getcwd(), os.path.expanduser(path).removeprefix("./"))
+
+
 def with_whole_paths(recipe: Recipe) -> Recipe:
     """The recipe with every local path whole, so that its run is found from any folder."""
     values: dict[str, Any] = recipe.model_dump(by_alias=True)
     places = [(values["model"], "name_or_path"), (values["adapter"], "from"), (values["data"], "chat_template")]
     for holder, name in places:
         if holder[name] is not None and os.path.lexists(os.path.expanduser(holder[name])):
-            holder[name] = os.path.abspath(os.path.expanduser(holder[name]))
+            holder[name] = whole(holder[name])
     for source in [*values["data"]["train"], *values["data"]["eval"]]:
         if is_local(source["path"]):
-            source["path"] = os.path.abspath(os.path.expanduser(source["path"]))
+            source["path"] = whole(source["path"])
     return Recipe.model_validate(values, by_alias=True, by_name=False)

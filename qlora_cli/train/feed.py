@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 from qlora_cli.data.encode import Example
@@ -78,9 +79,11 @@ class StoredFeed:
 class StreamFeed:
     """A stream; `digest` is of what is read and how, not of the rows, which nobody has read."""
 
-    def __init__(self, stream: Stream, longest: int, digest: str) -> None:
+    def __init__(self, stream: Stream, longest: int, digest: str, say: Callable[[str], None]) -> None:
+        self.say = say
         self.stream, self.longest, self.digest = stream, longest, digest
-        self.examples, self.capacity = Examples(), stream.capacity
+        self.examples = Examples(parts=tuple(chain.from_iterable(stream.parts)))
+        self.capacity = stream.capacity
         self.passes = 0
 
     def total_steps(self, epochs: float, max_steps: int | None) -> int:
@@ -97,5 +100,13 @@ class StreamFeed:
         return float(self.passes)
 
     def close(self) -> None:
+        for line in _counted(self.stream.tally).losses():
+            self.say(f"train    read so far: {line}")
         with suppress(Exception):  # what it was preparing is not needed any more
             self.stream.__exit__(None, None, None)
+
+
+def _counted(tally: Mapping[str, int]) -> Examples:
+    """No examples, with these counts."""
+    known: dict[str, Any] = {name: n for name, n in tally.items() if name in Examples.__dataclass_fields__}
+    return Examples(**known)

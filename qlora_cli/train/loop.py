@@ -22,9 +22,10 @@ from qlora_cli.tasks.causal_lm import Batch, PackedBatch, batches, collate_packe
 from qlora_cli.train.checkpoint import Progress, save_checkpoint
 from qlora_cli.train.optimizers import set_learning_rate
 from qlora_cli.train.publish import base_name, publish_adapter
+from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, append_metrics
 from qlora_cli.train.schedules import lr_factor
-from qlora_cli.train.session import Report, Session, prepare
+from qlora_cli.train.session import Session, prepare
 from qlora_cli.train.signals import Interrupted, asked_to_stop
 from qlora_cli.train.step import accumulate, clip, deterministic_kernels, random_state, sum_over_processes
 

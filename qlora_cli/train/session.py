@@ -3,44 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import time
 from dataclasses import dataclass, field
-from datetime import date
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from torch.optim import Optimizer
 
-from qlora_cli.data.examples import Examples, load_examples, wanted_rows
-from qlora_cli.data.limits import Limits
-from qlora_cli.data.order import Order
-from qlora_cli.data.readers import DataFile
-from qlora_cli.data.rows import Role, count
-from qlora_cli.data.statistics import layout_of
-from qlora_cli.data.stream import Stream
+from qlora_cli.data.examples import Examples
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.kernels.isolation import NotIsolated, check_isolation, prepare_packing
 from qlora_cli.model.adapter import attach_adapter
-from qlora_cli.model.base import Base, Found, find_base, fingerprint, load_base
+from qlora_cli.model.base import Base, find_base, fingerprint, load_base
 from qlora_cli.recipe import Recipe
 from qlora_cli.train.checkpoint import fault, load_checkpoint, newest_valid, step_of
 from qlora_cli.train.facts import run_facts
-from qlora_cli.train.feed import Feed, Place, StoredFeed, StreamFeed
+from qlora_cli.train.feed import Feed, Place, StreamFeed
 from qlora_cli.train.optimizers import build_optimizer
+from qlora_cli.train.reading import (
+    encode_role,
+    keep_apart,
+    open_feed,
+    refuse_beyond_context,
+    refuse_long_stream,
+    refuse_trained_on,
+    say_layout,
+)
+from qlora_cli.train.report import Report
 from qlora_cli.train.run import TRAINED_ON, Run, date_of, metrics_until, read_facts, write_facts
 from qlora_cli.train.step import restore_random_state, seed_everything
-
-
-class Report(Protocol):
-    """What training tells while it runs; a display implements it."""
-
-    def say(self, text: str) -> None: ...
-    def prepared(self, role: str, num_rows: int) -> None: ...
-    def begin(self, step: int, total_steps: int) -> None: ...
-    def advance(self, step: int) -> None: ...
-    def metrics(self, values: dict[str, Any]) -> None: ...
-    def end(self) -> None: ...
 
 
 @dataclass
@@ -81,6 +71,8 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     say_base(report, recipe, base)
     refuse_trained_on(feed.examples, eval_set)
     refuse_beyond_context(base, feed.examples, eval_set)
+    if isinstance(feed, StreamFeed):
+        refuse_long_stream(base, feed)
     base_digest = fingerprint(base.model)
     packed = keep_apart(recipe, base, report)
 
@@ -101,108 +93,6 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     seed_processes(session)
     checkpoint_activations(session)
     return session
-
-
-def encode_role(recipe: Recipe, base: Found, role: Role, report: Report, today: date) -> Examples:
-    """The encoded rows of data.train or data.eval, with what was read and left out told."""
-    examples = load_role(recipe, base, role, report, today)
-    for line in examples.summary() if examples.rows else []:
-        report.say(f"{role:<8} {line}")
-    return examples
-
-
-def load_role(recipe: Recipe, base: Found, role: Role, report: Report, today: date) -> Examples:
-    """The encoded rows of data.train or data.eval, with nothing told but how far it is."""
-    return load_examples(
-        recipe.data,
-        role,
-        base.tokenizer,
-        base.stop_token_ids,
-        seed=recipe.training.seed,
-        today=today,
-        progress=lambda num_rows: report.prepared(role, num_rows),
-    )
-
-
-def open_feed(recipe: Recipe, base: Found, report: Report, today: date, units_per_step: int) -> Feed:
-    """What is trained on: the rows of data.train, all of them prepared, or read and prepared while training."""
-    data = recipe.data
-    if not data.train[0].streaming:
-        examples = encode_role(recipe, base, "train", report, today)
-        return StoredFeed(examples, order_of(recipe, examples, units_per_step))
-    wanted = wanted_rows(data, "train", base.tokenizer, base.stop_token_ids, seed=recipe.training.seed, today=today)
-    capacity = wanted.limits.longest if data.packing is True else None
-    workers = None if data.workers == "auto" else data.workers
-
-    def tell(error: UserError) -> None:
-        report.say(f"train    bad row left out: {error}")
-
-    stream = Stream(wanted, units_per_step, recipe.training.seed, capacity, workers, tell)
-    for source in data.train:
-        report.say(f"train    {source.path}: read while training, weight {source.weight:g}")
-    return StreamFeed(stream, wanted.limits.longest, stream.digest())
-
-
-def refuse_trained_on(train_set: Examples, eval_set: Examples) -> None:
-    """Refuses held-out files that are among the trained ones, whatever folder or pattern they were named by."""
-    if train_set.folder != eval_set.folder and not (train_set.is_split and eval_set.is_split):
-        trained = {os.path.realpath(part.path) for part in train_set.parts if isinstance(part, DataFile)}
-        for part in eval_set.parts:
-            if isinstance(part, DataFile) and os.path.realpath(part.path) in trained:
-                what = f"{part.path} is held out and trained on"
-                raise UserError("data.eval", what, "name other files: a model that has seen them cannot be measured")
-
-
-def refuse_beyond_context(base: Base, *sets: Examples) -> None:
-    """Refuses rows of more tokens than the model has positions: it was never trained to read so far."""
-    context = getattr(base.model.config, "max_position_embeddings", None)
-    for examples in sets:
-        lengths = examples.lengths
-        too_long = [index for index in range(len(lengths)) if context and lengths[index] > context]
-        if too_long:
-            raise UserError(
-                examples.rows[too_long[0]].where,
-                f"the row has {lengths[too_long[0]]:,} tokens, the model {context:,} positions "
-                f"({count(len(too_long), 'such row')})",
-                f"set data.max_length: {context} and data.on_long_row to truncate or skip",
-            )
-
-
-def keep_apart(recipe: Recipe, base: Base, report: Report) -> bool:
-    """Whether examples can go through the model one behind the other: proven on the model itself.
-
-    Raises UserError where data.packing asks for it and the model mixes them.
-    """
-    wanted, attention = recipe.data.packing, recipe.model.attn_implementation
-    if wanted is False:
-        return False
-    vocabulary = base.model.get_input_embeddings().weight.shape[0]
-    try:
-        with base.compute():
-            if attention == "auto":
-                prepare_packing(base.model, base.device, vocabulary)
-            else:
-                check_isolation(base.model, base.device, vocabulary)
-    except NotIsolated as error:
-        if wanted is True:
-            todo = "set data.packing: false, or another model.attn_implementation"
-            raise UserError("data.packing", f"this model cannot train packed rows: {error}", todo) from error
-        report.say(f"note     padded batches, since this model does not keep packed rows apart: {error}")
-        return False
-    return True
-
-
-def order_of(recipe: Recipe, train_set: Examples, units_per_step: int) -> Order:
-    """The order of the examples; with data.packing: true, of rows that they fill."""
-    capacity = Limits.of(recipe.data).longest if recipe.data.packing is True else None
-    sources = tuple((source.num_examples, source.weight) for source in train_set.sources)
-    return Order(sources, units_per_step, recipe.training.seed, train_set.lengths, capacity)
-
-
-def say_layout(report: Report, recipe: Recipe, feed: Feed, packed: bool) -> None:
-    """How the examples of the first epoch lie in the batches, and what share of these is padding."""
-    if isinstance(feed, StoredFeed):
-        report.say(f"batches  {layout_of(feed.order, recipe.training.micro_batch_size).words(packed)}")
 
 
 def say_base(report: Report, recipe: Recipe, base: Base) -> None:

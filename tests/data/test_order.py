@@ -234,3 +234,12 @@ def test_impossible_sizes_are_our_mistake() -> None:
     for call in (*wrong, lambda: share_of([1], 2, 2)):
         with pytest.raises(AssertionError):
             call()
+
+
+def test_asking_how_far_a_run_is_packs_no_epoch_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from qlora_cli.data import order as room
+
+    order = Order(((50, 1.0),), 4, 1, np.full(50, 30), 100)
+    steps = order.total_steps(3.0)
+    monkeypatch.setattr(room, "pack", None)
+    assert order.epochs_done(steps) == 3.0

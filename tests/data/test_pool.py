@@ -256,14 +256,16 @@ def test_a_process_that_is_always_killed_is_told_as_such(monkeypatch: pytest.Mon
     monkeypatch.setattr(pool_module._Process, "_tell", killed)
     for number, reason in (  # noqa: B007 (read by `killed`)
         (signal.SIGKILL, "was killed from outside: mostly the system does so when memory runs out"),
-        (signal.SIGTERM, "ended its process (exit status -15)"),
-        (signal.SIGSEGV, "needed more than 1,024 MiB of memory"),
-    ):
-        with Pool(make_job(), 1) as pool:
-            (result,) = pool.map([make_task([SHORT])])
-        assert result.bad == [
-            (0, "a:1", f"preparing the row {reason}", "mend or remove the row, or the chat template"),
-        ]
+        (signal.SIGTERM, r"ended its process \(exit status -15\)"),
+    ):  # by no doing of the row, which must not be left out as a bad one
+        with Pool(make_job(), 1) as pool, pytest.raises(UserError, match=f"a:1: .* the row {reason}") as caught:
+            list(pool.map([make_task([SHORT])]))
+        assert caught.value.code == Exit.FAILED
+    number = signal.SIGSEGV
+    with Pool(make_job(), 1) as pool:
+        (result,) = pool.map([make_task([SHORT])])
+    reason = "preparing the row needed more than 1,024 MiB of memory"
+    assert result.bad == [(0, "a:1", reason, "mend or remove the row, or the chat template")]
 
 
 def test_three_rows_that_end_their_process_end_it_all(monkeypatch: pytest.MonkeyPatch) -> None:

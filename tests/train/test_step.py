@@ -176,7 +176,7 @@ def test_trained_logits_sees_no_padding(trained_once):
 def test_a_report_needs_no_more_than_these(trained_once):
     """The protocol that loops talk to and the display that implements it have the same methods."""
     from qlora_cli.display import LiveReport, PlainReport, QuietReport
-    from qlora_cli.train.session import Report
+    from qlora_cli.train.report import Report
 
     wanted = {name for name in vars(Report) if not name.startswith("_")}
     for kind in (QuietReport, PlainReport, LiveReport):

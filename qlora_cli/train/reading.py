@@ -1,0 +1,168 @@
+"""What a run reads: prepared or streamed examples, fit for the model, and how they lie in its batches."""
+
+from __future__ import annotations
+
+import os
+from datetime import date
+from itertools import count as count_up
+from itertools import islice
+
+from qlora_cli.data.examples import Examples, load_examples, wanted_rows
+from qlora_cli.data.limits import Limits
+from qlora_cli.data.order import Order
+from qlora_cli.data.readers import DataFile
+from qlora_cli.data.rows import Role, count
+from qlora_cli.data.sources import Part
+from qlora_cli.data.statistics import layout_of
+from qlora_cli.data.stream import BLOCK, Stream
+from qlora_cli.errors import UserError
+from qlora_cli.kernels.isolation import NotIsolated, check_isolation, prepare_packing
+from qlora_cli.kernels.packed_attention import NAME as PACKED
+from qlora_cli.model.base import Base, Found
+from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Source
+from qlora_cli.train.feed import Feed, StoredFeed, StreamFeed
+from qlora_cli.train.report import Report
+
+TOLD_ROWS = 20
+"""So many bad rows of a stream are told; all are counted."""
+
+
+def open_feed(recipe: Recipe, base: Found, report: Report, today: date, units_per_step: int) -> Feed:
+    """What is trained on: the rows of data.train, all of them prepared, or read and prepared while training."""
+    data = recipe.data
+    if not data.train[0].streaming:
+        examples = encode_role(recipe, base, "train", report, today)
+        return StoredFeed(examples, order_of(recipe, examples, units_per_step))
+    wanted = wanted_rows(data, "train", base.tokenizer, base.stop_token_ids, seed=recipe.training.seed, today=today)
+    capacity = wanted.limits.longest if data.packing is True else None
+    workers = None if data.workers == "auto" else data.workers
+
+    told = islice(count_up(), TOLD_ROWS)
+
+    def tell(error: UserError) -> None:
+        if next(told, None) is not None:
+            report.say(f"train    bad row left out: {error}")
+
+    stream = Stream(wanted, units_per_step, recipe.training.seed, capacity, workers, tell)
+    for source in data.train:
+        report.say(f"train    {source.path}: read while training, weight {source.weight:g}")
+    return StreamFeed(stream, wanted.limits.longest, stream.digest(), report.say)
+
+
+def encode_role(recipe: Recipe, base: Found, role: Role, report: Report, today: date) -> Examples:
+    """The encoded rows of data.train or data.eval, with what was read and left out told."""
+    examples = load_role(recipe, base, role, report, today)
+    for line in examples.summary() if examples.rows else []:
+        report.say(f"{role:<8} {line}")
+    return examples
+
+
+def load_role(recipe: Recipe, base: Found, role: Role, report: Report, today: date) -> Examples:
+    """The encoded rows of data.train or data.eval, with nothing told but how far it is; of streams the first block."""
+    sources = [first_block(source) if source.streaming else source for source in recipe.data.train]
+    return load_examples(
+        recipe.data.model_copy(update={"train": sources}),
+        role,
+        base.tokenizer,
+        base.stop_token_ids,
+        seed=recipe.training.seed,
+        today=today,
+        progress=lambda num_rows: report.prepared(role, num_rows),
+    )
+
+
+def first_block(source: Source) -> Source:
+    """The first rows of a source that may never end."""
+    return source.model_copy(update={"limit": min(source.limit or BLOCK, BLOCK)})
+
+
+def order_of(recipe: Recipe, train_set: Examples, units_per_step: int) -> Order:
+    """The order of the examples; with data.packing: true, of rows that they fill."""
+    capacity = Limits.of(recipe.data).longest if recipe.data.packing is True else None
+    sources = tuple((source.num_examples, source.weight) for source in train_set.sources)
+    return Order(sources, units_per_step, recipe.training.seed, train_set.lengths, capacity)
+
+
+def say_layout(report: Report, recipe: Recipe, feed: Feed, packed: bool) -> None:
+    """How the examples of the first epoch lie in the batches, and what share of these is padding."""
+    if isinstance(feed, StoredFeed):
+        report.say(f"batches  {layout_of(feed.order, recipe.training.micro_batch_size).words(packed)}")
+
+
+def refuse_trained_on(train_set: Examples, eval_set: Examples) -> None:
+    """Refuses held-out files and hub splits that are among the trained ones, however they were named."""
+    if train_set.is_split and eval_set.is_split:
+        return
+    trained = {identity(part) for part in train_set.parts}
+    for part in eval_set.parts:
+        if identity(part) in trained:
+            what = f"{part.path} is held out and trained on"
+            raise UserError("data.eval", what, "name other rows: a model that has seen them cannot be measured on them")
+
+
+def identity(part: Part) -> tuple[str | None, ...]:
+    """What tells one part's rows from another's: the file, or the hub's split without a slice of it."""
+    if isinstance(part, DataFile):
+        return (os.path.realpath(part.path),)
+    return part.path, part.name, part.split.partition("[")[0]
+
+
+def refuse_beyond_context(base: Base, *sets: Examples) -> None:
+    """Refuses rows of more tokens than the model has positions: it was never trained to read so far."""
+    context = getattr(base.model.config, "max_position_embeddings", None)
+    for examples in sets:
+        lengths = examples.lengths
+        too_long = [index for index in range(len(lengths)) if context and lengths[index] > context]
+        if too_long:
+            raise UserError(
+                examples.rows[too_long[0]].where,
+                f"the row has {lengths[too_long[0]]:,} tokens, the model {context:,} positions "
+                f"({count(len(too_long), 'such row')})",
+                f"set data.max_length: {context} and data.on_long_row to truncate or skip",
+            )
+
+
+def refuse_long_stream(base: Base, feed: StreamFeed) -> None:
+    """Refuses a stream whose limit lets rows of more tokens than the model has positions through."""
+    context = getattr(base.model.config, "max_position_embeddings", None)
+    if context and feed.longest > context:
+        what = f"lets streamed rows of {feed.longest:,} tokens through, the model has {context:,} positions"
+        raise UserError("data.max_length", what, f"set data.max_length: {context}")
+
+
+def keep_apart(recipe: Recipe, base: Base, report: Report) -> bool:
+    """Whether examples can go through the model one behind the other: proven on the model itself.
+
+    Raises UserError where data.packing asks for it and the model mixes them.
+    """
+    wanted, attention = recipe.data.packing, recipe.model.attn_implementation
+    if wanted is False:
+        return False
+    vocabulary = base.model.get_input_embeddings().weight.shape[0]
+    try:
+        refuse_rope_of_the_longest(base)
+        with base.compute():
+            if attention == "auto":
+                attention = prepare_packing(base.model, base.device, vocabulary)
+            else:
+                check_isolation(base.model, base.device, vocabulary)
+        if wanted == "auto" and not attention.startswith((PACKED, "flash")):
+            raise NotIsolated(f"attention {attention} would pay for a mask over all rows of a batch at once")
+    except NotIsolated as error:
+        if wanted is True:
+            todo = "set data.packing: false, or another model.attn_implementation"
+            raise UserError("data.packing", f"this model cannot train packed rows: {error}", todo) from error
+        report.say(f"note     padded batches, since this model does not keep packed rows apart: {error}")
+        return False
+    return True
+
+
+def refuse_rope_of_the_longest(base: Base) -> None:
+    """Raises NotIsolated for rotary embeddings that follow the longest row in the batch: the others would change."""
+    config = base.model.config
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
+    for kind in kinds:
+        if kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic"):
+            raise NotIsolated("its rotary embedding follows the longest document of a row")
