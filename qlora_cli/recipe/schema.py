@@ -154,7 +154,9 @@ class Source(Section):
     template: RowTemplate | None = key(None, "Jinja strings for columns of no known format, instead of format")
     limit: int | None = key(None, "use only the first rows", unit="rows", ge=1)
     weight: Real = key(
-        1.0, "passes over this source in one epoch: 2 takes each row twice, 0.5 another half each time", gt=0
+        1.0,
+        "passes over this source in one epoch: 2 takes each row twice, 0.5 another half each time; of streams a share",
+        gt=0,
     )
     streaming: bool = key(
         False, "read and prepare rows while training, shuffled in blocks of 4,096; needs training.max_steps"
