@@ -202,7 +202,7 @@ def told(found: list[dict[str, Any]]) -> str:
 def memory(bench: Bench, num_rows: int) -> dict[str, Any]:
     """Peaks of anonymous memory over many rows and over few."""
     found: dict[int, dict[str, Any]] = {}
-    for number in (min(FEW_ROWS, num_rows), num_rows):
+    for number in (min(FEW_ROWS, num_rows // 2), num_rows):
         file = bench.folder / f"{number}.jsonl"
         with file.open("w") as rows:
             rows.writelines(generated(number))
