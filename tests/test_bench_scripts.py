@@ -56,21 +56,20 @@ def test_bench_data_runs_without_trl(data: Path, tmp_path: Path) -> None:
 
 def test_bench_packing_runs(data: Path, tmp_path: Path) -> None:
     result = tmp_path / "result.json"
-    small = ("--layers", "1", "--hidden", "72", "--length", "160", "--bins", "1", "--turns", "1")
+    small = ["--layers", "1", "--hidden", "36", "--length", "160", "--bins", "1", "--turns", "1"]
+    small += ["--threads", "1", "--compute", "bfloat16"]
     lines = run("bench_packing.py", data, *small, "--json", str(result))
     found = json.loads(result.read_text())
-    assert [(one["data"], one["dtype"]) for one in found] == [
-        (data_set, dtype) for dtype in ("float32", "bfloat16") for data_set in ("gsm8k", "alpaca")
-    ]
+    assert [(one["data"], one["dtype"]) for one in found] == [("gsm8k", "bfloat16"), ("alpaca", "bfloat16")]
     for one in found:
         assert 0 < one["share"] <= 1
         assert set(one["seconds"]) == {"padded", "auto", "packed"}
-    assert len(lines) == 5
+    assert len(lines) == 3
 
 
 def test_same_rows_finds_another_id_and_another_trained_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(ROOT / "scripts" / "lib"))
-    from data_runs import same_rows, write_ids
+    from data_runs import same_rows, write_ids  # type: ignore[import-not-found]
 
     rows = [([1, 2, 3], [-100, 2, 3]), ([4, 5], [-100, 5])]
     others = {
