@@ -112,6 +112,8 @@ def _watched_children() -> Iterator[None]:
         while not done.wait(0.005):
             for child in children():
                 with suppress(OSError, IndexError):
+                    if b"worker" not in Path(f"/proc/{child}/cmdline").read_bytes():
+                        continue  # a fork of ours that is not yet the process that it will be
                     PEAKS.append(int(Path(f"/proc/{child}/status").read_text().split("VmHWM:")[1].split()[0]))
 
     watcher = threading.Thread(target=watch)
