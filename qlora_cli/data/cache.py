@@ -69,6 +69,9 @@ def _name_and_size(file: DataFile) -> tuple[str, int]:
 def _options(wanted: Wanted) -> tuple[Any, ...]:
     """What of the recipe and the tokenizer the prepared rows depend on, besides the data."""
     settings = asdict(wanted.settings)
+    settings["tokenizer"] = hashlib.sha256(
+        wanted.settings.tokenizer.encode()
+    ).digest()  # its megabytes are slow to quote
     if not wanted.settings.is_dated:
         del settings["today"]
     sources = [

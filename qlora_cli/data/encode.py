@@ -23,6 +23,9 @@ from qlora_cli.errors import UserError
 IGNORE_INDEX = -100
 """The label of a token that is not trained, as in torch.nn.functional.cross_entropy."""
 
+SHORT = 200
+"""Characters of a prompt's end that may recur in many rows."""
+
 TokenSpan = tuple[int, int | None]
 """First token and the one behind the last; None where no token ends with the characters."""
 
@@ -46,7 +49,7 @@ class Example:
     @property
     def num_trained(self) -> int:
         """Tokens that count in the loss. The first token has no context and is never predicted, whatever its label."""
-        return sum(label != IGNORE_INDEX for label in self.labels[1:])
+        return len(self.labels) - 1 - self.labels[1:].count(IGNORE_INDEX)
 
     @property
     def num_prompt(self) -> int:
@@ -82,11 +85,7 @@ def unspelled(characters: Iterable[str], tokenizer: Tokenizer, unk_id: int | Non
 
     The latter is what a BPE without unk and without byte tokens does.
     """
-    visible = [character for character in characters if not character.isspace()]
-    encodings = tokenizer.encode_batch(visible, add_special_tokens=False)
-    known = [[token for token in encoding.ids if token != unk_id] for encoding in encodings]
-    texts = tokenizer.decode_batch(known, skip_special_tokens=False)
-    return [character for character, text in zip(visible, texts, strict=True) if not text.strip()]
+    return [one for one in characters if not one.isspace() and not _is_spelled(one, tokenizer, unk_id)]
 
 
 def _example(row: Rendered, encoding: Encoding, chat: Chat) -> Example:
@@ -118,7 +117,8 @@ def _begin(text: str, start: int, encoding: Encoding, ids: list[int], chat: Chat
     at = _last_control(text, start, chat)
     if at is not None:
         token = encoding.char_to_token(at)
-        if token is not None and ids[token] in chat.isolating:
+        covered = None if token is None else encoding.token_to_chars(token)
+        if token is not None and covered and covered[0] == at and ids[token] in chat.isolating:
             control, skipped = at, token
     tail = _prompt_ids(text[control:start], chat.tokenizer)
     begin = skipped + len(tail)
@@ -126,13 +126,18 @@ def _begin(text: str, start: int, encoding: Encoding, ids: list[int], chat: Chat
 
 
 def _last_control(text: str, end: int, chat: Chat) -> int | None:
-    """The character at which the last control token that ends before `end` begins."""
-    places = [(at, len(word)) for word in chat.settings.control if (at := text.rfind(word, 0, end)) >= 0]
-    if not places:
-        return None
-    last, _ = max(places)
-    inside = [at for at, length in places if at < last < at + length]  # a token's text within another one's
-    return None if inside else last
+    """The character at which the last text of a control token that ends before `end` begins."""
+    for begin in (max(0, end - SHORT), 0):
+        if places := [found.start() for found in chat.control.finditer(text, begin, end)]:
+            return places[-1]
+    return None
+
+
+@lru_cache(maxsize=2**16)
+def _is_spelled(character: str, tokenizer: Tokenizer, unk_id: int | None) -> bool:
+    known = [token for token in _ids(character, tokenizer) if token != unk_id]
+    text: str = tokenizer.decode(known, skip_special_tokens=False)
+    return bool(text.strip())
 
 
 @lru_cache(maxsize=4096)
@@ -142,7 +147,7 @@ def _short_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
 
 def _prompt_ids(text: str, tokenizer: Tokenizer) -> tuple[int, ...]:
     """The ids of a prompt or of its end; short ones recur and are remembered."""
-    return _short_ids(text, tokenizer) if len(text) < 200 else tuple(_ids(text, tokenizer))
+    return _short_ids(text, tokenizer) if len(text) <= SHORT else tuple(_ids(text, tokenizer))
 
 
 def _ids(text: str, tokenizer: Tokenizer) -> list[int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from qlora_cli.data.conversations import (
@@ -55,10 +56,10 @@ class Format:
     optional: tuple[str, ...] = ()
     auto: bool = True
 
-    def explained(self, row: Row) -> int:
-        """How many of the row's columns this format reads at the most; 0 where the row lacks some that it needs."""
-        whole = [len(columns) for columns in self.one_of if not _missing(columns, row)]
-        return max(whole) + len(self.optional) - len(_missing(self.optional, row)) if whole else 0
+    def explained(self, columns: frozenset[str]) -> int:
+        """How many of these columns this format reads at the most; 0 where it needs others too."""
+        whole = [len(needed) for needed in self.one_of if columns.issuperset(needed)]
+        return max(whole) + len(columns.intersection(self.optional)) if whole else 0
 
     def __str__(self) -> str:
         return " or ".join(", ".join(columns) for columns in self.one_of)
@@ -231,7 +232,7 @@ def check_row(name: str, auto: bool, row: Row, where: str) -> None:
         raise UserError(where, what, "set the format of the source, or give all rows the same columns")
     if auto:
         _refuse_dialogue(name, row, where)
-    if not format.explained(row):
+    if not format.explained(_found(row)):
         missing = " or ".join(" and ".join(_missing(columns, row)) for columns in format.one_of)
         what = f"no column {missing} for the format {name}, found {_columns(row)}"
         raise UserError(where, what, f"set format: {' or '.join(fit)}" if fit else "rename the columns")
@@ -239,8 +240,18 @@ def check_row(name: str, auto: bool, row: Row, where: str) -> None:
 
 def fitting(row: Row) -> list[str]:
     """The formats that read most of the row's columns, in the order of the table; those of `auto` alone."""
-    explained = {name: format.explained(row) for name, format in FORMATS.items() if format.auto}
-    return [name for name, number in explained.items() if number and number == max(explained.values())]
+    return [*_fitting(_found(row))]
+
+
+def _found(row: Row) -> frozenset[str]:
+    """The columns that hold something."""
+    return frozenset(column for column, value in row.items() if value is not None)
+
+
+@lru_cache(maxsize=64)
+def _fitting(columns: frozenset[str]) -> tuple[str, ...]:
+    explained = {name: format.explained(columns) for name, format in FORMATS.items() if format.auto}
+    return tuple(name for name, number in explained.items() if number and number == max(explained.values()))
 
 
 def _refuse_dialogue(chosen: str, row: Row, where: str) -> None:

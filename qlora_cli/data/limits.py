@@ -48,12 +48,13 @@ class Limits:
         The prompt is all before the first trained token and loses its end, as in artidoro/qlora, whose tokenizer
         truncates on the right.
         """
-        ids, labels, prompt = example.input_ids, example.labels, example.num_prompt
+        ids, labels = example.input_ids, example.labels
         if self.max_length is not None:
             kept = [slice(0, self.max_length)]
         else:
             assert self.source_max_length is not None
             assert self.target_max_length is not None
+            prompt = example.num_prompt
             kept = [slice(0, min(prompt, self.source_max_length)), slice(prompt, prompt + self.target_max_length)]
         if sum(len(ids[part]) for part in kept) == len(ids):
             return example
@@ -110,7 +111,8 @@ LONG_ROWS: dict[str, Callable[[Example, Example, frozenset[int], Tally], Example
 
 def num_stops(example: Example, stop_ids: frozenset[int]) -> int:
     """Trained stop tokens of an example."""
-    return sum(label in stop_ids for label in example.labels[1:])
+    labels = example.labels[1:]
+    return sum(map(labels.count, stop_ids))
 
 
 def length_in_words(example: Example) -> str:

@@ -178,7 +178,7 @@ class _Process:
             bad=[tuple(one) for one in header["bad"]],
             tally=Counter(header["tally"]),
             long=[tuple(one) for one in header["long"]],
-            characters=Counter(header["characters"]),
+            lost=Counter(header["lost"]),
             ids=array("I", ids),
         )
 
@@ -235,5 +235,5 @@ def _add(total: Result, one: Result, index: int) -> None:
     total.bad += [(index, where, what, todo) for _, where, what, todo in one.bad]
     total.tally += one.tally
     total.long += [(index, tokens, prompt) for _, tokens, prompt in one.long]
-    total.characters += one.characters
+    total.lost += one.lost
     total.ids.extend(one.ids)

@@ -11,10 +11,7 @@ from itertools import tee
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from qlora_cli.data.cache import Wanted, cache_folder, key_of, locked
-from qlora_cli.data.encode import unspelled
 from qlora_cli.data.pool import Pool
 from qlora_cli.data.portions import Portion, portions
 from qlora_cli.data.rows import count
@@ -58,7 +55,7 @@ class _Seen:
     parts: list[Part] = field(default_factory=list)
     bad: list[tuple[str, str, str]] = field(default_factory=list)
     tally: Counter[str] = field(default_factory=Counter)
-    characters: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
     long: list[tuple[str, int, int]] = field(default_factory=list)
 
     @property
@@ -115,7 +112,7 @@ def _make(folder: Path, wanted: Wanted, resolved: Sequence[Resolved], workers: i
             for source, found in zip(wanted.sources, resolved, strict=True):
                 _prepare_source(source, found, wanted, pool, writer, seen, progress)
             _refuse_unfit(wanted, writer.num_rows, seen)
-            writer.finish(_index(wanted, seen))
+            writer.finish(_index(seen))
         if key_of(wanted, resolved) != folder.name:
             what = "the data has changed while it was prepared"
             raise UserError(f"data.{wanted.role}", what, "start again when it is complete")
@@ -160,7 +157,7 @@ def _count(portion: Portion, result: Result, wanted: Wanted, counted: _Count, se
     counted.num_tokens += sum(tokens for _, tokens, _ in result.examples)
     counted.num_trained += sum(trained for _, _, trained in result.examples)
     seen.tally += result.tally
-    seen.characters += result.characters
+    seen.lost += result.lost
     for index, tokens, prompt in result.long:
         found = (portion.task.places[index], tokens, prompt)
         longest = max([*seen.long[1:], found], key=lambda one: one[1])
@@ -196,15 +193,12 @@ def _refuse_unfit(wanted: Wanted, num_examples: int, seen: _Seen) -> None:
     raise Unfit(place, what, "raise the limit, or shorten the rows", seen)
 
 
-def _index(wanted: Wanted, seen: _Seen) -> dict[str, Any]:
+def _index(seen: _Seen) -> dict[str, Any]:
     """What the index holds besides the totals."""
-    by_number = sorted(seen.characters, key=lambda character: (-seen.characters[character], character))
-    tokenizer = Tokenizer.from_str(wanted.settings.tokenizer)
-    lost = unspelled(by_number, tokenizer, wanted.settings.unk_id)
     return {
         "sources": [asdict(source) for source in seen.sources],
         "parts": [part_to_json(part) for part in seen.parts],
         "bad": seen.bad,
         "tally": dict(seen.tally),
-        "lost_characters": [(character, seen.characters[character]) for character in lost],
+        "lost_characters": sorted(seen.lost.items(), key=lambda lost: (-lost[1], lost[0])),
     }

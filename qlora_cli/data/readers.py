@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ class DataFile:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+@lru_cache(maxsize=256)
 def suffix_of(path: str) -> str | None:
     """The key of READERS that a file's name ends with, in any case; None for an unknown type."""
     suffixes = [suffix.lower() for suffix in Path(path).suffixes]

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from qlora_cli.data.chat import Chat, ChatSettings, make_chat
 from qlora_cli.data.confine import confine, cpu_limit
 from qlora_cli.data.conversations import Conversation, Plain, assistant, user
-from qlora_cli.data.encode import IGNORE_INDEX, Example, encode
+from qlora_cli.data.encode import IGNORE_INDEX, Example, encode, unspelled
 from qlora_cli.data.formats import FORMATS, check_row
 from qlora_cli.data.jinja import TEMPLATE_ERRORS, compile_row_template
 from qlora_cli.data.limits import Limits, Tally, fitted, num_stops
@@ -84,7 +84,7 @@ class Result:
     bad:        (index, where, what, todo) of each row that cannot be read, proven or trained on, once each, in order
     tally:      counts, by the names of the fields of examples.Examples
     long:       (index, tokens, tokens before the answer) of the first row beyond the limits and of the longest
-    characters: in how many rows each character stands
+    lost:       in how many rows each character stands that the tokenizer cannot write
     ids:        token ids of all examples, one behind the other, with TRAINED where trained
     """
 
@@ -92,7 +92,7 @@ class Result:
     bad: list[tuple[int, str, str, str]] = field(default_factory=list)
     tally: Tally = field(default_factory=Counter)
     long: list[tuple[int, int, int]] = field(default_factory=list)
-    characters: Counter[str] = field(default_factory=Counter)
+    lost: Counter[str] = field(default_factory=Counter)
     ids: array[int] = field(default_factory=lambda: array("I"))
 
 
@@ -103,9 +103,11 @@ def prepare(task: Task, job: Job, chat: Chat) -> Result:
     """
     result = Result()
     bad: dict[int, UserError] = {}
-    indices, rendered = _rendered(task, job, chat, bad, result)
+    indices, rendered, characters = _rendered(task, job, chat, bad, result.tally)
     with cpu_limit(job.chunk_seconds):
         encoded = encode(rendered, chat)
+        lost = unspelled(characters, chat.tokenizer, job.settings.unk_id)
+    result.lost.update({character: characters[character] for character in lost})
     for index, example in zip(indices, encoded, strict=True):
         if isinstance(example, UserError):
             bad.setdefault(index, example)
@@ -122,11 +124,15 @@ def prepare(task: Task, job: Job, chat: Chat) -> Result:
 
 
 def _rendered(
-    task: Task, job: Job, chat: Chat, bad: dict[int, UserError], result: Result
-) -> tuple[list[int], list[Rendered]]:
-    """The texts of the rows that can be rendered, each with its row's index; the others are put into `bad`."""
+    task: Task, job: Job, chat: Chat, bad: dict[int, UserError], tally: Tally
+) -> tuple[list[int], list[Rendered], Counter[str]]:
+    """The texts of the rows that can be rendered, each with its row's index; the others are put into `bad`.
+
+    With them: in how many rows each character stands.
+    """
     indices: list[int] = []
     rendered: list[Rendered] = []
+    characters: Counter[str] = Counter()
     read = _reader(task, job)
     for index, (row, where) in enumerate(zip(task.rows, task.places, strict=True)):
         try:
@@ -140,11 +146,11 @@ def _rendered(
         except OSError as error:  # a Python module that none of LOADED_LATER is
             bad[index] = UserError(where, f"the template asks for a file: {error}", "change the template")
             continue
-        result.tally["num_split"] += len(texts) > 1
-        result.characters.update(set().union(*(text.text for text in texts)))
+        tally["num_split"] += len(texts) > 1
+        characters.update(set().union(*(text.text for text in texts)))
         indices += [index] * len(texts)
         rendered += texts
-    return indices, rendered
+    return indices, rendered, characters
 
 
 def _unless_memory(error: UserError) -> UserError:
@@ -169,10 +175,8 @@ def _keep(index: int, example: Example, job: Job, result: Result) -> bool:
     result.tally["num_stops"] += stops
     result.tally["num_silent"] += stops == trained
     result.examples.append((index, kept.num_tokens, trained))
-    result.ids.extend(
-        token | TRAINED if label != IGNORE_INDEX else token
-        for token, label in zip(kept.input_ids, kept.labels, strict=True)
-    )
+    both = zip(kept.input_ids, kept.labels, strict=True)
+    result.ids.extend([token if label == IGNORE_INDEX else token | TRAINED for token, label in both])
     return True
 
 
@@ -246,7 +250,7 @@ def _answer(answers: BinaryIO, task: Task, job: Job, chat: Chat) -> None:
     except UserError as error:  # of all rows: the source's template
         _send(answers, _told(error))
         return
-    found = {name: getattr(result, name) for name in ("examples", "bad", "tally", "long", "characters")}
+    found = {name: getattr(result, name) for name in ("examples", "bad", "tally", "long", "lost")}
     _send(answers, found, result.ids.tobytes())
 
 

@@ -6,13 +6,14 @@ import io
 import json
 import pickle
 import struct
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from preparing import LONG, SHORT, make_job, make_task, numbered
-from tiny_tokenizer import CHATML, tiny_tokenizer
+from tiny_tokenizer import CHATML, tiny_chat, tiny_tokenizer
 
 from qlora_cli.data import worker
 from qlora_cli.data.chat import Chat, make_chat
@@ -36,9 +37,15 @@ def test_a_result_holds_ids_with_the_trained_ones_marked_and_counts() -> None:
     assert tiny_tokenizer().decode(trained) == "42<|im_end|><|im_end|>"
     assert (one[2], two[2]) == (len(trained) - 1, 1)
     assert dict(+result.tally) == {"num_stops": 2, "num_silent": 1}
-    assert result.characters["H"] == 2
-    assert result.characters["4"] == 1
     assert result.bad == []
+
+
+def test_characters_that_the_tokenizer_cannot_write_are_counted_by_rows() -> None:
+    chat = tiny_chat(kind="pieces", spell_bytes=False)
+    job = replace(JOB, settings=chat.settings)
+    rows = [{"question": "aéé 4", "answer": "b"}, {"question": "a", "answer": "é🤗"}, {"question": "a", "answer": "b"}]
+    assert prepared(rows, job, chat).lost == {"é": 2, "🤗": 1}
+    assert prepared(rows).lost == {}
 
 
 def test_bad_rows_stand_beside_the_others_once_each_in_order() -> None:
@@ -210,7 +217,7 @@ def test_every_row_is_an_example_or_a_reason(
     job = Job(chat.settings, Limits(length, on_long_row=policy))
     task = Task(values, [f"a:{number}" for number in range(1, len(values) + 1)], name, False)
     result = prepare(task, job, chat)
-    json.dumps([result.bad, result.tally, result.long, result.characters])
+    json.dumps([result.bad, result.tally, result.long, result.lost])
     bad = {index for index, *_ in result.bad}
     kept = {index for index, _, _ in result.examples}
     assert len(bad) == len(result.bad)
