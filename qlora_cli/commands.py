@@ -23,7 +23,7 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
 from qlora_cli.train import loop
 from qlora_cli.train.checkpoint import MANIFEST, fault
-from qlora_cli.train.reading import encode_role
+from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_trained_on
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, check_resume, claim, date_of, locked, read_facts, replace_text
 from qlora_cli.train.session import say_base
@@ -79,6 +79,8 @@ def evaluate(
         )
     found = find_base(recipe)
     examples = encode_role(recipe, found, "eval", report, date_of(run))
+    refuse_trained_on(recipe.data, examples)
+    refuse_beyond_context(found, examples)
     base = load_base(recipe, default_device(), found)
     say_base(report, recipe, base)
     say_if_another_base(run, base, report)

@@ -128,7 +128,7 @@ def measure(recipe: Recipe, bins: int, turns: int) -> dict[str, Any]:
     length = recipe.data.max_length
     assert length is not None
     units, shares = rows_of(examples, length, bins)
-    layouts = layouts_of(examples, units, length)
+    layouts = layouts_of(examples, units, length, base)
     optimizer, _ = build_optimizer(model, recipe.training, CPU)
     num_tokens = sum(examples.rows[row].num_trained for unit in units for row in unit)
     seconds: dict[str, list[float]] = {name: [] for name in layouts}
@@ -164,14 +164,14 @@ def real_share(lengths: Sequence[int], rows: Sequence[int]) -> float:
     return sum(lengths[row] for row in rows) / padded
 
 
-def layouts_of(examples: Examples, units: list[list[int]], length: int) -> dict[str, Layout]:
+def layouts_of(examples: Examples, units: list[list[int]], length: int, base: Base) -> dict[str, Layout]:
     """The same rows in the three layouts; without packing, in the order of the data, which knows nothing of lengths."""
     rows: list[list[Example]] = [[examples.rows[row] for row in unit] for unit in units]
     plain = [examples.rows[row] for row in sorted(row for unit in units for row in unit)]
 
     def in_batches(packed: bool) -> Iterator[Batch | PackedBatch]:
         for few in micro_batches(plain, ROWS):
-            yield from batches(few, ROWS, length, packed, CPU)
+            yield from batches(few, [row.num_tokens for row in few], ROWS, length, packed, base)
 
     return {
         "padded": lambda: in_batches(False),

@@ -173,6 +173,19 @@ def test_held_out_data_must_be_named(finished, qlora):
     assert "data.eval: no held-out data" in ended.err
 
 
+def test_eval_on_trained_rows_or_beyond_the_context_is_refused_before_a_weight_is_read(finished, tmp_path, qlora):
+    """A model that has seen the rows cannot be measured on them, nor one on rows longer than it reads."""
+    trained = yaml.safe_load((finished / "resolved.yaml").read_text())["data"]["train"][0]["path"]
+    (tmp_path / "link.jsonl").symlink_to(trained)
+    ended = qlora("eval", finished, "--set", f"data.eval=[{{path: {tmp_path / 'link.jsonl'}}}]")
+    assert (ended.code, "is held out and trained on" in ended.err) == (2, True), ended.err
+    path = write_rows(tmp_path / "rows.jsonl", conversation("hi", "ho" * 400))
+    settings = ["--set", f"data.eval=[{{path: {path}}}]", "--set", "data.max_length=2048"]
+    ended = qlora("eval", finished, *settings)
+    assert (ended.code, "the model 512 positions" in ended.err) == (2, True), ended.err
+    assert "base  " not in ended.err, "the weights were read first"
+
+
 def test_eval_says_when_the_base_is_another(finished, qlora):
     ended = qlora("eval", finished, "--json", "--set", "quantization.data_type=fp4")
     assert ended.code == 0

@@ -71,7 +71,6 @@ class Examples:
     digest:          SHA-256 of the ids and labels of all rows, in order
     folder:          where they lie
     parts:           the files and hub data sets that they come from
-    is_split:        whether they are one side of eval_fraction
     """
 
     rows: Sequence[Example] = ()
@@ -93,14 +92,11 @@ class Examples:
     digest: str = ""
     folder: Path = field(default_factory=Path)
     parts: tuple[Part, ...] = ()
-    is_split: bool = False
 
     @property
     def lengths(self) -> Rows:
         """Tokens of every example."""
-        return (
-            self.rows.lengths if isinstance(self.rows, StoredRows) else np.array([len(r.input_ids) for r in self.rows])
-        )
+        return lengths_of(self.rows)
 
     @property
     def trained_lengths(self) -> Rows:
@@ -139,6 +135,11 @@ class Examples:
         return lines
 
 
+def lengths_of(rows: Sequence[Example]) -> Rows:
+    """Tokens of every example; those of stored ones are known without reading them."""
+    return rows.lengths if isinstance(rows, StoredRows) else np.array([row.num_tokens for row in rows], np.int64)
+
+
 def load_examples(
     data: Data,
     role: Role,
@@ -161,7 +162,7 @@ def load_examples(
     wanted = wanted_rows(data, role, tokenizer, stop_token_ids, seed=seed, today=today)
     workers = None if data.workers == "auto" else data.workers
     folder, index = prepared(wanted, workers, progress)
-    return _examples(folder, index, is_split=data.eval_fraction > 0)
+    return _examples(folder, index)
 
 
 def wanted_rows(
@@ -186,7 +187,7 @@ def wanted_rows(
     )
 
 
-def _examples(folder: Path, index: dict[str, Any], is_split: bool) -> Examples:
+def _examples(folder: Path, index: dict[str, Any]) -> Examples:
     """The examples of a prepared folder."""
     parts = [part_from_json(facts) for facts in index["parts"]]
     rows = StoredRows(folder, index["num_rows"], index["num_tokens"], parts)
@@ -204,6 +205,5 @@ def _examples(folder: Path, index: dict[str, Any], is_split: bool) -> Examples:
         digest=index["digest"],
         folder=folder,
         parts=tuple(parts),
-        is_split=is_split,
         **tally,
     )

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from qlora_cli.data.encode import Example
+from qlora_cli.data.examples import lengths_of
 from qlora_cli.model.base import Base
 from qlora_cli.tasks.causal_lm import batches, token_loss_sum, trained_logits
 
@@ -36,12 +37,12 @@ def held_out_loss(
     """
     training = model.training
     model.eval()
-    longest = max(len(example.input_ids) for example in examples)
+    lengths = lengths_of(examples).tolist()
     loss = torch.zeros((), dtype=torch.float64, device=base.device)
     correct = torch.zeros((), dtype=torch.int64, device=base.device)
     tokens = 0
     try:
-        for batch in batches(examples, batch_size, longest, packed, base.device):
+        for batch in batches(examples, lengths, batch_size, max(lengths), packed, base):
             with base.compute():
                 logits, targets = trained_logits(model, batch)
             loss += token_loss_sum(logits, targets)

@@ -25,7 +25,7 @@ from qlora_cli.quant.bitsandbytes import (
     stored_tensors,
 )
 from qlora_cli.quant.linear4bit import work_round_cpu_dequantize
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.schema import Model, Recipe
 
 AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM"}
 """The transformers class that loads a base, by recipe task."""
@@ -40,11 +40,17 @@ INT8_ON_CPU = "on a CPU bitsandbytes trains int8 weights with unquantised activa
 
 @dataclass(frozen=True)
 class Found:
-    """A base before its weights are read: enough to check every row of data."""
+    """A base before its weights are read: enough to check every row of data. config: transformers' own."""
 
     folder: Path
     tokenizer: Any
     stop_token_ids: frozenset[int]
+    config: Any
+
+    @property
+    def context(self) -> int | None:
+        """Tokens that the model was made to read at once; None where its config does not say."""
+        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
 
 
 @dataclass(frozen=True)
@@ -90,7 +96,17 @@ def find_base(recipe: Recipe) -> Found:
     """
     folder = locate(recipe.model)
     tokenizer = load_tokenizer(folder, recipe.model)
-    return Found(folder, tokenizer, stop_token_ids(folder, tokenizer))
+    return Found(folder, tokenizer, stop_token_ids(folder, tokenizer), load_config(folder, recipe.model))
+
+
+def load_config(folder: Path, model: Model) -> Any:
+    """The model's config as transformers reads it. Raises UserError where it does not."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
+    except Exception as error:  # its classes check what a file says by raising what they like
+        raise _unloadable(folder, error) from error
 
 
 def load_base(recipe: Recipe, device: torch.device, found: Found | None = None) -> Base:
@@ -103,7 +119,8 @@ def load_base(recipe: Recipe, device: torch.device, found: Found | None = None) 
     model = load_model(recipe, found.folder, dtype, device)
     check_vocabulary(found.tokenizer, model.get_input_embeddings().weight.shape[0], found.folder)
     note = INT8_ON_CPU if recipe.quantization.data_type == "int8" and device.type == "cpu" else ""
-    return Base(found.folder, found.tokenizer, found.stop_token_ids, model, dtype, bytes_by_type(model), note)
+    known = (found.folder, found.tokenizer, found.stop_token_ids, found.config)
+    return Base(*known, model, dtype, bytes_by_type(model), note)
 
 
 def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:

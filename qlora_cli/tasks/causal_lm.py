@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any, NamedTuple
 
 import torch
@@ -12,28 +14,35 @@ from torch.nn.functional import cross_entropy
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
 from qlora_cli.data.packing import fill
-from qlora_cli.kernels.packed_attention import packed_arguments
+from qlora_cli.kernels.packed_attention import packed_arguments, unwrapped
+from qlora_cli.model.base import Base
+from qlora_cli.model.rope import rope_boundaries
 
 
 class Batch(NamedTuple):
-    """Rows padded on the right to the longest of them; all (B, T) int64."""
+    """Rows padded on the right to the longest of them; all (B, T) int64.
+
+    kept: (K,) int64, the positions whose next token is trained in any row.
+    """
 
     input_ids: Tensor
     attention_mask: Tensor
     labels: Tensor
+    kept: Tensor
 
 
 class PackedBatch(NamedTuple):
     """Rows one behind the other without padding, T tokens in all; input_ids, position_ids and labels (1, T) int64.
 
     position_ids start from 0 in each row, whose first token has the label IGNORE_INDEX: the row before must not predict
-    it. cu_seqlens: (D + 1,) int32, the bounds of the D rows from 0 to T. max_length: tokens of the longest, known
-    without asking the device.
+    it. kept: (K,) int64, the positions whose next token is trained. cu_seqlens: (D + 1,) int32, the bounds of the D
+    rows from 0 to T. max_length: tokens of the longest, known without asking the device.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     labels: Tensor
+    kept: Tensor
     cu_seqlens: Tensor
     max_length: int
 
@@ -50,7 +59,8 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
         input_ids[row, :length] = torch.tensor(example.input_ids)
         attention_mask[row, :length] = 1
         labels[row, :length] = torch.tensor(example.labels)
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in (input_ids, attention_mask, labels)))
+    tensors = (input_ids, attention_mask, labels, _kept(labels))
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
 
 def collate_packed(examples: Sequence[Example], device: torch.device) -> PackedBatch:
@@ -59,37 +69,60 @@ def collate_packed(examples: Sequence[Example], device: torch.device) -> PackedB
     input_ids = torch.tensor([token for example in examples for token in example.input_ids])
     position_ids = torch.tensor([position for length in lengths for position in range(length)])
     labels = torch.tensor([label for example in examples for label in (IGNORE_INDEX, *example.labels[1:])])
-    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32).to(device, non_blocking=True)
-    rows = [tensor.unsqueeze(0).to(device, non_blocking=True) for tensor in (input_ids, position_ids, labels)]
-    return PackedBatch(rows[0], rows[1], rows[2], cu_seqlens, max(lengths))
+    cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
+    rows = [tensor.unsqueeze(0) for tensor in (input_ids, position_ids, labels)]
+    on_device = [tensor.to(device, non_blocking=True) for tensor in (*rows, _kept(rows[2]), cu_seqlens)]
+    ids, positions, targets, kept, bounds = on_device
+    return PackedBatch(ids, positions, targets, kept, bounds, max(lengths))
+
+
+def _kept(labels: Tensor) -> Tensor:
+    """The positions whose next token is trained in any row; found here, since a device would have to be waited for."""
+    return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
 
 
 def batches(
-    examples: Sequence[Example], size: int, longest: int, packed: bool, device: torch.device
+    examples: Sequence[Example], lengths: Sequence[int], size: int, longest: int, packed: bool, base: Base
 ) -> Iterator[Batch | PackedBatch]:
     """The examples in forward passes, longest first, none of more tokens than `size` rows of `longest` tokens.
 
+    lengths: tokens of each example, so that none is read before its turn.
     packed: one behind the other, in as few passes as that allows; else `size` of like length at once, padded.
     """
-    ordered = sorted(examples, key=lambda example: len(example.input_ids), reverse=True)
+    ordered = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
     if packed:
-        for rows in fill([len(example.input_ids) for example in ordered], size * longest):
-            yield collate_packed([ordered[row] for row in rows], device)
-    else:
-        for begin in range(0, len(ordered), size):
-            yield collate(ordered[begin : begin + size], device)
+        for bin in fill([lengths[row] for row in ordered], size * longest):
+            yield collate_packed([examples[ordered[at]] for at in bin], base.device)
+        return
+    boundaries = rope_boundaries(base.config)
+    for _, rows in groupby(ordered, key=lambda row: bisect_left(boundaries, lengths[row])):
+        alike = list(rows)
+        for begin in range(0, len(alike), size):
+            yield collate([examples[row] for row in alike[begin : begin + size]], base.device)
 
 
 def trained_logits(model: Any, batch: Batch | PackedBatch) -> tuple[Tensor, Tensor]:
-    """The (N, V) logits that predict the N trained tokens of the batch, and those tokens (N,)."""
+    """The (N, V) logits that predict the N trained tokens of the batch, and those tokens (N,).
+
+    The others are not computed where the model's class can leave them out (`logits_to_keep`): over a large vocabulary
+    they would be most of the memory.
+    """
+    arguments: dict[str, Any]
     if isinstance(batch, PackedBatch):
         arguments = packed_arguments(model, batch.position_ids, batch.cu_seqlens, batch.max_length)
     else:
         arguments = {"attention_mask": batch.attention_mask}
+    leaves_out = "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters
+    if leaves_out:
+        arguments["logits_to_keep"] = batch.kept
     logits = model(input_ids=batch.input_ids, use_cache=False, **arguments).logits
-    targets = batch.labels[:, 1:]
+    if not leaves_out:
+        logits = logits[:, batch.kept]
+    targets = batch.labels[:, batch.kept + 1]
+    if len(targets) == 1:
+        return logits[0], targets[0]
     trained = targets != IGNORE_INDEX
-    return logits[:, :-1][trained], targets[trained]
+    return logits[trained], targets[trained]
 
 
 def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:

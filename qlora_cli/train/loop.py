@@ -116,7 +116,9 @@ def own_batches(session: Session, window: Window[Example]) -> Iterator[Batch | P
         for units in micro_batches(mine, size):
             yield collate_packed(list(chain.from_iterable(units)), device)
     else:
-        yield from batches(list(chain.from_iterable(mine)), size, session.feed.longest, session.packed, device)
+        rows = list(chain.from_iterable(mine))
+        lengths = [row.num_tokens for row in rows]
+        yield from batches(rows, lengths, size, session.feed.longest, session.packed, session.base)
 
 
 def refuse_nonfinite(session: Session, window: Window[Example], loss: torch.Tensor, grad_norm: torch.Tensor) -> None:

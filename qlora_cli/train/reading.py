@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from datetime import date
 from itertools import count as count_up
 from itertools import islice
@@ -12,15 +13,16 @@ from qlora_cli.data.limits import Limits
 from qlora_cli.data.order import Order
 from qlora_cli.data.readers import DataFile
 from qlora_cli.data.rows import Role, count
-from qlora_cli.data.sources import Part
+from qlora_cli.data.sources import Part, resolve
 from qlora_cli.data.statistics import layout_of
 from qlora_cli.data.stream import BLOCK, Stream
 from qlora_cli.errors import UserError
 from qlora_cli.kernels.isolation import NotIsolated, check_isolation, prepare_packing
 from qlora_cli.kernels.packed_attention import NAME as PACKED
 from qlora_cli.model.base import Base, Found
+from qlora_cli.model.rope import rope_boundaries
 from qlora_cli.recipe import Recipe
-from qlora_cli.recipe.schema import Source
+from qlora_cli.recipe.schema import Data, Source
 from qlora_cli.train.feed import Feed, StoredFeed, StreamFeed
 from qlora_cli.train.report import Report
 
@@ -90,11 +92,17 @@ def say_layout(report: Report, recipe: Recipe, feed: Feed, packed: bool) -> None
         report.say(f"batches  {layout_of(feed.order, recipe.training.micro_batch_size).words(packed)}")
 
 
-def refuse_trained_on(train_set: Examples, eval_set: Examples) -> None:
-    """Refuses held-out files and hub splits that are among the trained ones, however they were named."""
-    if train_set.is_split and eval_set.is_split:
+def refuse_trained_on(data: Data, eval_set: Examples) -> None:
+    """Refuses held-out files and hub splits that are among the trained ones, however they were named.
+
+    Where the trained ones are no longer there, no held-out one is among them.
+    """
+    if data.eval_fraction:
         return
-    trained = {identity(part) for part in train_set.parts}
+    trained = set()
+    for source in data.train:
+        with suppress(UserError):
+            trained |= {identity(part) for part in resolve(source, "train").parts}
     for part in eval_set.parts:
         if identity(part) in trained:
             what = f"{part.path} is held out and trained on"
@@ -108,9 +116,9 @@ def identity(part: Part) -> tuple[str | None, ...]:
     return part.path, part.name, part.split.partition("[")[0]
 
 
-def refuse_beyond_context(base: Base, *sets: Examples) -> None:
+def refuse_beyond_context(found: Found, *sets: Examples) -> None:
     """Refuses rows of more tokens than the model has positions: it was never trained to read so far."""
-    context = getattr(base.model.config, "max_position_embeddings", None)
+    context = found.context
     for examples in sets:
         lengths = examples.lengths
         too_long = [index for index in range(len(lengths)) if context and lengths[index] > context]
@@ -123,25 +131,26 @@ def refuse_beyond_context(base: Base, *sets: Examples) -> None:
             )
 
 
-def refuse_long_stream(base: Base, feed: StreamFeed) -> None:
+def refuse_long_stream(found: Found, feed: StreamFeed) -> None:
     """Refuses a stream whose limit lets rows of more tokens than the model has positions through."""
-    context = getattr(base.model.config, "max_position_embeddings", None)
+    context = found.context
     if context and feed.longest > context:
         what = f"lets streamed rows of {feed.longest:,} tokens through, the model has {context:,} positions"
         raise UserError("data.max_length", what, f"set data.max_length: {context}")
 
 
-def keep_apart(recipe: Recipe, base: Base, report: Report) -> bool:
+def keep_apart(recipe: Recipe, base: Base, report: Report, longest: int) -> bool:
     """Whether examples can go through the model one behind the other: proven on the model itself.
 
-    Raises UserError where data.packing asks for it and the model mixes them.
+    longest: tokens of the longest example. Raises UserError where data.packing asks for it and the model mixes them.
     """
     wanted, attention = recipe.data.packing, recipe.model.attn_implementation
     if wanted is False:
         return False
     vocabulary = base.model.get_input_embeddings().weight.shape[0]
     try:
-        refuse_rope_of_the_longest(base)
+        if any(longest > boundary for boundary in rope_boundaries(base.config)):
+            raise NotIsolated("one example beyond the length up to which its RoPE is short would lengthen all others'")
         with base.compute():
             if attention == "auto":
                 attention = prepare_packing(base.model, base.device, vocabulary)
@@ -156,13 +165,3 @@ def keep_apart(recipe: Recipe, base: Base, report: Report) -> bool:
         report.say(f"note     padded batches, since this model does not keep packed rows apart: {error}")
         return False
     return True
-
-
-def refuse_rope_of_the_longest(base: Base) -> None:
-    """Raises NotIsolated for rotary embeddings that follow the longest row in the batch: the others would change."""
-    config = base.model.config
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    kinds = [rope, *(value for value in rope.values() if isinstance(value, dict))]
-    for kind in kinds:
-        if kind.get("rope_type", kind.get("type")) in ("longrope", "dynamic"):
-            raise NotIsolated("its rotary embedding follows the longest document of a row")

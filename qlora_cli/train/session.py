@@ -67,14 +67,14 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     today = date_of(run)
     feed = open_feed(recipe, found, report, today, global_batch(recipe, accelerator))  # a bad row is told in seconds
     eval_set = encode_role(recipe, found, "eval", report, today)
+    refuse_trained_on(recipe.data, eval_set)
+    refuse_beyond_context(found, feed.examples, eval_set)
+    if isinstance(feed, StreamFeed):
+        refuse_long_stream(found, feed)
     base = load_base(recipe, accelerator.device, found)
     say_base(report, recipe, base)
-    refuse_trained_on(feed.examples, eval_set)
-    refuse_beyond_context(base, feed.examples, eval_set)
-    if isinstance(feed, StreamFeed):
-        refuse_long_stream(base, feed)
     base_digest = fingerprint(base.model)
-    packed = keep_apart(recipe, base, report)
+    packed = keep_apart(recipe, base, report, max(feed.longest, int(eval_set.lengths.max(initial=0))))
 
     seed_everything(training.seed)  # before the adapter: its A matrices are random
     model = attach_adapter(base, recipe.adapter, recipe.model.task)

@@ -6,6 +6,7 @@ import math
 import random
 from dataclasses import asdict, replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,15 +86,17 @@ def test_padding_is_that_of_the_batches_that_training_makes(number: int, micro: 
 
 def test_the_padding_is_that_of_the_tensors():
     import torch
+    from transformers import LlamaConfig
 
     from qlora_cli.tasks.causal_lm import batches
 
+    base: Any = SimpleNamespace(config=LlamaConfig(), device=torch.device("cpu"))
     examples = examples_of(drawn(50))
     order = order_for(examples, 12)
     cells = tokens = 0
     for window in order.windows(order.steps_of(0)):
         rows = [examples.rows[row] for row in window.rows]
-        for batch in batches(rows, 4, 512, False, torch.device("cpu")):
+        for batch in batches(rows, [row.num_tokens for row in rows], 4, 512, False, base):
             cells, tokens = cells + batch.input_ids.numel(), tokens + int(batch.attention_mask.sum())
     assert layout_of(order, 4).padding == pytest.approx(1 - tokens / cells)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from qlora_cli.model.base import Base, load_base
 from qlora_cli.tasks.causal_lm import (
     Batch,
     PackedBatch,
+    batches,
     collate,
     collate_packed,
     token_loss_sum,
@@ -81,6 +83,51 @@ def test_the_trained_tokens_are_those_of_the_padded_batch():
     assert torch.equal(padded[1], packed[1])
     assert len(packed[1]) == sum(row.num_trained for row in ROWS)
     torch.testing.assert_close(padded[0], packed[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("collated", [collate, collate_packed])
+def test_logits_that_no_trained_token_needs_are_not_computed(collated):
+    """Over a vocabulary of 128,000 they would be most of the memory; the head sees the columns that train."""
+    model = tiny("llama")
+    prepare_packing(model, CPU, VOCAB)
+    seen: list[int] = []
+    model.lm_head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].shape[1]))
+    batch = collated(ROWS[:1], CPU)
+    with torch.no_grad():
+        logits, targets = trained_logits(model, batch)
+        whole = model(input_ids=batch.input_ids).logits
+    assert seen == [ROWS[0].num_trained, ROWS[0].num_tokens]
+    torch.testing.assert_close(logits, whole[0, -1 - len(targets) : -1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_computes_every_logit_gives_the_same(monkeypatch):
+    model = tiny("llama")
+    with torch.no_grad():
+        wanted = trained_logits(model, collate(ROWS, CPU))
+        forward = model.forward
+        monkeypatch.setattr(model, "forward", lambda input_ids, **rest: forward(input_ids=input_ids, **rest))
+        found = trained_logits(model, collate(ROWS, CPU))
+    assert torch.equal(found[1], wanted[1])
+    torch.testing.assert_close(found[0], wanted[0], rtol=1e-5, atol=1e-5)
+
+
+def test_rows_on_two_sides_of_a_longrope_boundary_share_no_batch():
+    """The longest row of a batch chooses the frequencies of all: a short row's loss would depend on its neighbours."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 10}
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    model = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=10)
+    base: Any = SimpleNamespace(config=model.config, device=CPU)
+    lengths = [row.num_tokens for row in ROWS]
+
+    def losses(batch: Batch | PackedBatch) -> float:
+        with torch.no_grad():
+            return token_loss_sum(*trained_logits(model, batch)).item()
+
+    alone = sum(losses(collate([row], CPU)) for row in ROWS)
+    found = [*batches(ROWS, lengths, 4, max(lengths), False, base)]
+    assert [sorted(batch.attention_mask.sum(dim=1).tolist()) for batch in found] == [[11, 14], [1, 6, 9]]
+    assert sum(map(losses, found)) == pytest.approx(alone, rel=1e-6)
+    assert losses(collate(ROWS, CPU)) != pytest.approx(alone, rel=1e-3), "else this shows nothing"
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

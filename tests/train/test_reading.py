@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from qlora_cli.display import QuietReport
 from qlora_cli.errors import UserError
-from qlora_cli.kernels.isolation import NotIsolated
+from qlora_cli.model.base import load_base
 from qlora_cli.recipe.remote import whole, with_whole_paths
-from qlora_cli.train.reading import refuse_rope_of_the_longest
+from qlora_cli.train.reading import keep_apart
 from qlora_cli.train.run import Run
 from qlora_cli.train.session import prepare
 from tests.conftest import conversation
@@ -54,14 +53,18 @@ def test_a_stream_that_lets_longer_rows_through_than_the_model_reads(make_recipe
         prepare(make_recipe(data=data), Run(tmp_path), QuietReport(), "auto")
 
 
-@pytest.mark.parametrize("rope", [{"rope_type": "longrope"}, {"full_attention": {"rope_type": "dynamic"}}])
-def test_a_rotary_embedding_that_follows_the_longest_row_is_not_packed(rope):
-    """One long document would turn the embedding of every other one beside it."""
-    base = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace(rope_parameters=rope)))
-    with pytest.raises(NotIsolated, match="follows the longest document"):
-        refuse_rope_of_the_longest(base)
-    base.model.config.rope_parameters = {"rope_type": "default", "rope_theta": 10000.0}
-    refuse_rope_of_the_longest(base)
+@pytest.mark.parametrize("longest", [32, 33])
+def test_a_rotary_embedding_that_follows_the_longest_row_is_packed_up_to_its_boundary(make_recipe, longest):
+    """One document beyond it would turn the embedding of every other one beside it."""
+    recipe = make_recipe(quantization={"data_type": "none"}, data={"packing": True})
+    base = load_base(recipe, torch.device("cpu"))
+    rope = {"rope_type": "longrope", "original_max_position_embeddings": 32}
+    base.config.rope_parameters = {"full_attention": rope, "sliding_attention": {"rope_type": "default"}}
+    if longest == 32:
+        assert keep_apart(recipe, base, QuietReport(), longest)
+    else:
+        with pytest.raises(UserError, match=r"cannot train packed rows: one example beyond the length"):
+            keep_apart(recipe, base, QuietReport(), longest)
 
 
 def test_an_attention_with_a_dense_mask_pads_where_packing_is_left_to_us(make_recipe, rows_file, tmp_path):
