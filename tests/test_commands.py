@@ -177,7 +177,7 @@ def test_eval_on_trained_rows_or_beyond_the_context_is_refused_before_a_weight_i
     """A model that has seen the rows cannot be measured on them, nor one on rows longer than it reads."""
     trained = yaml.safe_load((finished / "resolved.yaml").read_text())["data"]["train"][0]["path"]
     (tmp_path / "link.jsonl").symlink_to(trained)
-    ended = qlora("eval", finished, "--set", f"data.eval=[{{path: {tmp_path / 'link.jsonl'}}}]")
+    ended = qlora("eval", finished, "--set", f"data.eval=[{{path: '{tmp_path}/li*.jsonl'}}]")
     assert (ended.code, "is held out and trained on" in ended.err) == (2, True), ended.err
     path = write_rows(tmp_path / "rows.jsonl", conversation("hi", "ho" * 400))
     settings = ["--set", f"data.eval=[{{path: {path}}}]", "--set", "data.max_length=2048"]
