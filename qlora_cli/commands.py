@@ -65,6 +65,7 @@ def evaluate(
 
     adapter: its folder, the run's own where None; with `baseline` a run without one measures the base alone.
     """
+    recipe = with_whole_paths(recipe)
     run = Run(Path(recipe.output_dir))
     may_be_absent = baseline and adapter is None
     adapter = adapter or run.adapter

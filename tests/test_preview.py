@@ -295,6 +295,36 @@ def test_the_help_shows_an_example_that_runs(qlora, recipe_file, monkeypatch):
     assert qlora("preview", "my.yaml").code == 0
 
 
+def test_training_finds_what_the_preview_prepared_and_places_are_told_from_here(
+    qlora, recipe_file, tmp_path, monkeypatch
+):
+    """The recipe names its file as seen from this folder; the run keeps whole paths, so that it can be moved from."""
+    path = recipe_file([GOOD, GOOD])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    settings = ["--set", "data.train[0].path=rows.jsonl", "--set", "training.max_steps=1", "--set", "output_dir=run"]
+    shown = json_of(qlora("preview", path, "--json", *settings))
+    assert [row["where"] for row in shown["rows"]] == ["rows.jsonl:1", "rows.jsonl:2"]
+    assert shown["sources"][0]["path"] == "rows.jsonl"
+    prepared = set(os.listdir(tmp_path / "cache" / "prepared"))
+    assert qlora("train", path, *settings).code == 0
+    assert set(os.listdir(tmp_path / "cache" / "prepared")) == prepared
+
+
+def test_a_preview_of_a_hub_model_asks_for_no_weights(qlora, recipe_file, tiny_model, monkeypatch):
+    """They may be gigabytes, and rows are looked at first."""
+    asked: list[str] = []
+
+    def snapshot_download(repo_id: str, *, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(tiny_model)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert qlora("preview", recipe_file([GOOD]), "--set", "model.name_or_path=owner/model").code == 0
+    assert "*.json" in asked
+    assert not [pattern for pattern in asked if "safetensors" in pattern]
+
+
 def test_overrides_are_taken(qlora, recipe_file):
     result = json_of(qlora("preview", recipe_file([GOOD]), "--json", "--set", "training.max_steps=7"))
     assert result["statistics"]["epoch"]["total_steps"] == 7

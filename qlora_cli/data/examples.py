@@ -161,8 +161,10 @@ def load_examples(
         return Examples()
     wanted = wanted_rows(data, role, tokenizer, stop_token_ids, seed=seed, today=today)
     workers = None if data.workers == "auto" else data.workers
-    folder, index = prepared(wanted, workers, progress)
-    return _examples(folder, index)
+    try:
+        return _examples(*prepared(wanted, workers, progress))
+    except FileNotFoundError:  # somebody emptied the cache between two lines
+        return _examples(*prepared(wanted, workers, progress))
 
 
 def wanted_rows(

@@ -6,6 +6,8 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any
 
 from qlora_cli.data.cache import Wanted
@@ -123,9 +125,14 @@ def is_wanted(row: Row, wanted: Wanted) -> bool:
     """
     if not wanted.eval_fraction:
         return True
-    text = json.dumps(row, sort_keys=True, default=repr)
+    text = json.dumps(row, sort_keys=True, default=_told)
     drawn = int.from_bytes(hashlib.blake2b(f"{wanted.seed} {text}".encode(), digest_size=8).digest())
     return (drawn < wanted.eval_fraction * 2**64) == (wanted.side == "eval")
+
+
+def _told(value: Any) -> str:
+    """What a value that JSON has no form for is, without where it lies in memory."""
+    return repr(value) if isinstance(value, bytes | date | time | timedelta | Decimal) else type(value).__name__
 
 
 def _checked(value: Row | UserError, place: str) -> Row | UserError:

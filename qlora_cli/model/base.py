@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.model.source import locate
+from qlora_cli.model.source import fetch_weights, locate
 from qlora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from qlora_cli.quant.bitsandbytes import (
     disarm_cpu_repacking,
@@ -90,7 +90,7 @@ def compute_dtype_for(name: str, device: torch.device) -> torch.dtype:
 
 
 def find_base(recipe: Recipe) -> Found:
-    """The recipe's base, downloaded where it is remote, with its tokenizer; no weight is read.
+    """The recipe's base with its tokenizer and config, downloaded where it is remote; its weights are not.
 
     Raises UserError where the folder or its tokenizer are not fit to train on.
     """
@@ -115,6 +115,7 @@ def load_base(recipe: Recipe, device: torch.device, found: Found | None = None) 
     Raises UserError where the folder, its weights or its tokenizer are not fit to train on.
     """
     found = found or find_base(recipe)
+    fetch_weights(recipe.model, found.folder)
     dtype = compute_dtype_for(recipe.quantization.compute_dtype, device)
     model = load_model(recipe, found.folder, dtype, device)
     check_vocabulary(found.tokenizer, model.get_input_embeddings().weight.shape[0], found.folder)

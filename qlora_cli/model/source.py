@@ -11,13 +11,14 @@ from qlora_cli.errors import Exit, UserError
 from qlora_cli.recipe.schema import Model
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
-DOWNLOADED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+SMALL = ["*.json", "*.model", "*.txt", "*.jinja"]
+WEIGHTS = ["*.safetensors"]
 
 
 def locate(model: Model) -> Path:
-    """The folder with config.json and safetensors weights of `model`.
+    """The folder with config.json and tokenizer of `model`; of a hub model without its weights, which take longer.
 
-    Raises UserError where it is missing, holds no weights, holds only pickles, or is quantised already.
+    Raises UserError where it is missing, is quantised already, or is a local folder without safetensors weights.
     """
     folder = Path(model.name_or_path)
     if not os.path.isdir(folder):
@@ -25,23 +26,33 @@ def locate(model: Model) -> Path:
             raise UserError(folder, "the base model must be a folder, this is a file", "set model.name_or_path")
         if model.name_or_path.startswith((".", "/", "~")) or model.name_or_path.count("/") > 1:
             raise UserError(folder, "no such folder", "set model.name_or_path to a model folder or a hub id")
-        folder = download(model)
-    elif model.revision is not None:
+        folder = download(model, SMALL)
+        check_config(folder)
+        return folder
+    if model.revision is not None:
         raise UserError(
             "model.revision",
             f"{model.revision!r} is set, but {folder} is a folder, which has no revisions",
             "remove it: it belongs to hub models",
         )
-    check_folder(folder)
+    check_config(folder)
+    check_weights(folder)
     return folder
 
 
-def download(model: Model) -> Path:
-    """The local snapshot of a hub model, downloaded where it is not in the cache."""
+def fetch_weights(model: Model, folder: Path) -> None:
+    """Downloads the weights of a hub model to the folder that `locate` gave. Raises UserError as it does."""
+    if not os.path.isdir(model.name_or_path):
+        download(model, [*SMALL, *WEIGHTS])
+        check_weights(folder)
+
+
+def download(model: Model, patterns: list[str]) -> Path:
+    """The local snapshot of a hub model's files, downloaded where they are not in the cache."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [*DOWNLOADED, "*.py"] if model.trust_remote_code else DOWNLOADED
+    patterns = [*patterns, "*.py"] if model.trust_remote_code else patterns
     try:
         return Path(snapshot_download(model.name_or_path, revision=model.revision, allow_patterns=patterns))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
@@ -53,8 +64,8 @@ def download(model: Model) -> Path:
         ) from error
 
 
-def check_folder(folder: Path) -> None:
-    """Refuses a folder from which no full-precision safetensors model can be loaded."""
+def check_config(folder: Path) -> None:
+    """Refuses a model that is quantised already or has an encoder."""
     config = read_json(folder / "config.json", "a transformers model folder needs it")
     if config.get("quantization_config"):
         method = config["quantization_config"].get("quant_method", "unknown")
@@ -67,6 +78,10 @@ def check_folder(folder: Path) -> None:
         raise UserError(
             folder / "config.json", "an encoder-decoder model, which is not available yet", "use a decoder-only model"
         )
+
+
+def check_weights(folder: Path) -> None:
+    """Refuses a folder without whole safetensors weights."""
     shards = sorted(folder.glob("*.safetensors"))
     for shard in shards:
         check_header(shard)

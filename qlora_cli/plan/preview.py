@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from qlora_cli.data.statistics import Statistics, statistics
 from qlora_cli.data.view import row_of, shown, special_ids
 from qlora_cli.errors import UserError
 from qlora_cli.model.base import Found, find_base
-from qlora_cli.model.source import read_json
 from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.remote import with_whole_paths
 from qlora_cli.train.reading import load_role, order_of
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, date_of
@@ -28,6 +29,7 @@ def preview(recipe: Recipe, report: Report, role: Role, row: int | None, limit: 
 
     row: the number of the only example to show, from 1; else `limit` examples, three or one of each source where None.
     """
+    recipe = with_whole_paths(recipe)  # as training does, which finds the rows prepared then
     found = find_base(recipe)
     examples = load(recipe, found, role, report)
     total = len(examples.rows)
@@ -40,14 +42,15 @@ def preview(recipe: Recipe, report: Report, role: Role, row: int | None, limit: 
         limit = len(examples.sources) if len(examples.sources) > 1 else SHOWN_ROWS
     chosen = shown(examples, limit) if row is None else [row - 1]
     special = special_ids(found.tokenizer, found.stop_token_ids)
+    rows = [row_of(examples, at, found.tokenizer, special) for at in chosen]
     return {
         "role": role,
         "model": recipe.model.name_or_path,
-        "sources": [asdict(source) for source in examples.sources],
+        "sources": [{**asdict(source), "path": from_here(source.path)} for source in examples.sources],
         "statistics": asdict(told),
         "summary": told.words(),
         "notes": [*examples.losses(), *beyond_context(found, told)],
-        "rows": [row_of(examples, at, found.tokenizer, special) for at in chosen],
+        "rows": [{**row, "where": from_here(row["where"])} for row in rows],
         "whole": row is not None,
     }
 
@@ -57,15 +60,16 @@ def bad_rows(recipe: Recipe, report: Report, role: Role) -> dict[str, Any]:
 
     Rows beyond the length limits are one problem more, where data.on_long_row says that they are an error.
     """
+    recipe = with_whole_paths(recipe)
     lenient = recipe.model_copy(update={"data": recipe.data.model_copy(update={"on_bad_row": "skip"})})
     told: Examples | Unfit
     try:
         told = load(lenient, find_base(recipe), role, report)
     except Unfit as error:
         told = error
-    problems = [{"where": where, "what": what, "todo": todo} for where, what, todo in told.bad]
+    problems = [{"where": from_here(where), "what": what, "todo": todo} for where, what, todo in told.bad]
     if isinstance(told, Unfit) and (told.num_bad < told.num_rows or not told.num_rows):
-        problems.append({"where": told.where, "what": told.what, "todo": told.todo})
+        problems.append({"where": from_here(told.where), "what": told.what, "todo": told.todo})
     counts = {"num_rows": told.num_rows, "num_bad": told.num_bad, "num_listed": len(told.bad)}
     return {"role": role, **counts, "problems": problems}
 
@@ -81,10 +85,14 @@ def load(recipe: Recipe, found: Found, role: Role, report: Report) -> Examples:
     return examples
 
 
+def from_here(where: str) -> str:
+    """A place without the path of the folder that we are in."""
+    return where.removeprefix(os.path.join(os.getcwd(), ""))
+
+
 def beyond_context(found: Found, told: Statistics) -> list[str]:
     """What training will refuse: an example of more tokens than the model has positions."""
-    config = read_json(found.folder / "config.json", "a transformers model folder needs it")
-    context, longest = config.get("max_position_embeddings"), told.lengths.most
+    context, longest = found.context, told.lengths.most
     if not context or longest <= context:
         return []
     return [f"the longest example has {longest:,} tokens, the model {context:,} positions: training will refuse it"]

@@ -106,7 +106,7 @@ def test_the_digest_changes_with_ids_labels_lengths_and_order(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", [TOKENS, ROWS, INDEX])
-@pytest.mark.parametrize("damage", ["deleted", "truncated", "emptied", "longer", "a folder"])
+@pytest.mark.parametrize("damage", ["deleted", "truncated", "emptied", "longer", "a folder", "a bit"])
 def test_what_is_not_whole_is_not_there(name: str, damage: str, tmp_path: Path) -> None:
     write(tmp_path / "a", (IDS, TABLE))
     path = tmp_path / "a" / name
@@ -116,6 +116,10 @@ def test_what_is_not_whole_is_not_there(name: str, damage: str, tmp_path: Path) 
         path.mkdir()
     if damage in ("truncated", "emptied"):
         os.truncate(path, path.stat().st_size - 1 if damage == "truncated" else 0)
+    if damage == "a bit":
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
     if damage == "longer":
         path.write_bytes(path.read_bytes() + b"}")
     assert read_index(tmp_path / "a") is None
