@@ -1,0 +1,136 @@
+"""Block-wise quantisation: a weight becomes the code of the level nearest to it in units of its block's scale.
+
+`quantize` and `dequantize` are plain torch on any device, in the order of roundings that the layers repeat; packed
+codes lie as in bitsandbytes, the first weight in a byte's highest bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qlora_cli.quant.codebooks import Levels
+from qlora_cli.quant.scales import ScaleRule, Scales
+
+CHUNK = 2**18
+"""Weights that are quantised at once: what is computed on the way stays in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class Code:
+    """How the weights of a block are stored.
+
+    bits: of a code; levels: by code. scale: how a block's scale is found.
+    zero_point: weights are (level - zero point) · scale, with levels 0, ..., 2^bits - 1 and `scale` over the range.
+    """
+
+    bits: int
+    levels: Levels
+    scale: ScaleRule
+    zero_point: bool = False
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A quantised tensor.
+
+    codes: (numel · bits / 8,) uint8. zeros: (⌈blocks · bits / 8⌉,) uint8, the packed zero points, or None.
+    """
+
+    codes: Tensor
+    scales: Scales
+    zeros: Tensor | None = None
+
+
+def quantize(weight: Tensor, code: Code, block_size: int, double_quant: bool, exact: bool = False) -> Packed:
+    """A weight of any shape, finite, of whole blocks, in blocks of consecutive values.
+
+    Codes are chosen against the scale as it is stored, so that double quantisation costs least; exact: against the one
+    that is not quantised yet, as bitsandbytes does, whose codes and scales for nf4 and fp4 these are bit for bit.
+    """
+    assert weight.numel() % block_size == 0, "whole blocks"
+    blocks = weight.detach().reshape(-1, block_size)
+    rows = max(1, CHUNK // block_size)
+    if code.zero_point:
+        return _quantize_range(blocks, code, double_quant, rows)
+    found = torch.cat([code.scale(part.float(), code.levels) for part in blocks.split(rows)])
+    scales = Scales.of(found, double_quant)
+    inverse = _inverse(found if exact else scales.restored())
+    parts = zip(blocks.split(rows), inverse.split(rows), strict=True)
+    codes = [nearest(part.float() * scale, code.levels) for part, scale in parts]
+    return Packed(pack(torch.cat(codes).reshape(-1), code.bits), scales)
+
+
+def dequantize(packed: Packed, code: Code, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The values that the codes stand for, computed in fp32 and rounded once to dtype."""
+    scale = packed.scales.restored().unsqueeze(1)
+    levels = torch.tensor(code.levels, device=packed.codes.device)
+    units = levels[unpack(packed.codes, code.bits).int()].reshape(len(scale), -1)
+    if packed.zeros is not None:
+        units = units - unpack(packed.zeros, code.bits)[: len(scale)].unsqueeze(1)
+    return (units * scale).to(dtype).reshape(shape)
+
+
+def nearest(scaled: Tensor, levels: Levels) -> Tensor:
+    """Codes (uint8, same shape) of the levels nearest to fp32 values; halfway the lower one, as in bitsandbytes."""
+    order = sorted(range(len(levels)), key=levels.__getitem__)  # stable: FP4 has two zeros
+    ascending = torch.tensor([levels[at] for at in order], device=scaled.device)
+    bounds = (ascending[1:] + ascending[:-1]) / 2
+    if len(order) > 16:
+        found = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
+    else:  # four times as fast
+        found = torch.zeros(scaled.shape, dtype=torch.uint8, device=scaled.device)
+        for bound in bounds:
+            found += scaled > bound
+    if order == [*range(len(order))]:
+        return found
+    return torch.tensor(order, dtype=torch.uint8, device=scaled.device)[found.int()]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(n,) uint8 codes to (⌈n · bits / 8⌉,) uint8; what is missing in the last byte is zeros."""
+    per_byte = 8 // bits
+    if per_byte == 1:
+        return codes
+    codes = torch.nn.functional.pad(codes, (0, -len(codes) % per_byte)).view(-1, per_byte)
+    packed = torch.zeros(len(codes), dtype=torch.uint8, device=codes.device)
+    for at, shift in enumerate(_shifts(bits)):
+        packed |= codes[:, at] << shift
+    return packed
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """(n,) uint8 to (n · 8 / bits,) uint8 codes."""
+    if bits == 8:
+        return packed
+    return torch.stack([packed >> shift & 2**bits - 1 for shift in _shifts(bits)], dim=1).reshape(-1)
+
+
+def _shifts(bits: int) -> Iterator[int]:
+    return iter(range(8 - bits, -1, -bits))
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    """(n, 1) reciprocals; of blocks of zeros, whose codes do not matter, a number."""
+    return (1.0 / scale.clamp(min=1e-38)).unsqueeze(1)
+
+
+def _quantize_range(blocks: Tensor, code: Code, double_quant: bool, rows: int) -> Packed:
+    """As `quantize`, with a zero point: from the least to the largest weight of a block, zero among them."""
+    most = 2**code.bits - 1
+    low, high = (torch.cat([_bound(part.float(), code, side) for part in blocks.split(rows)]) for side in (-1, 1))
+    scales = Scales.of((high - low) / most, double_quant)
+    inverse = _inverse(scales.restored())
+    zeros = (-low.unsqueeze(1) * inverse).round().clamp(0, most)
+    parts = zip(blocks.split(rows), inverse.split(rows), zeros.split(rows), strict=True)
+    codes = [(part.float() * scale + zero).round().clamp(0, most).to(torch.uint8) for part, scale, zero in parts]
+    packed_zeros = pack(zeros.to(torch.uint8).reshape(-1), code.bits)
+    return Packed(pack(torch.cat(codes).reshape(-1), code.bits), scales, packed_zeros)
+
+
+def _bound(blocks: Tensor, code: Code, side: int) -> Tensor:
+    """The end of a block's range below or above zero: its largest weight there, clipped as the scale rule says."""
+    return side * code.scale((side * blocks).clamp(min=0), code.levels)
