@@ -1,17 +1,16 @@
 """Block-wise quantisation: a weight becomes the code of the level nearest to it in units of its block's scale.
 
-`quantize` and `dequantize` are plain torch on any device, in the order of roundings that the layers repeat; packed
-codes lie as in bitsandbytes, the first weight in a byte's highest bits.
+`quantize` and `dequantize` are plain torch on any device; the layers' faster kernels give the same values.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from qlora_cli.quant.bits import pack, unpack
 from qlora_cli.quant.codebooks import Levels
 from qlora_cli.quant.scales import ScaleRule, Scales
 
@@ -88,29 +87,6 @@ def nearest(scaled: Tensor, levels: Levels) -> Tensor:
     if order == [*range(len(order))]:
         return found
     return torch.tensor(order, dtype=torch.uint8, device=scaled.device)[found.int()]
-
-
-def pack(codes: Tensor, bits: int) -> Tensor:
-    """(n,) uint8 codes to (⌈n · bits / 8⌉,) uint8; what is missing in the last byte is zeros."""
-    per_byte = 8 // bits
-    if per_byte == 1:
-        return codes
-    codes = torch.nn.functional.pad(codes, (0, -len(codes) % per_byte)).view(-1, per_byte)
-    packed = torch.zeros(len(codes), dtype=torch.uint8, device=codes.device)
-    for at, shift in enumerate(_shifts(bits)):
-        packed |= codes[:, at] << shift
-    return packed
-
-
-def unpack(packed: Tensor, bits: int) -> Tensor:
-    """(n,) uint8 to (n · 8 / bits,) uint8 codes."""
-    if bits == 8:
-        return packed
-    return torch.stack([packed >> shift & 2**bits - 1 for shift in _shifts(bits)], dim=1).reshape(-1)
-
-
-def _shifts(bits: int) -> Iterator[int]:
-    return iter(range(8 - bits, -1, -bits))
 
 
 def _inverse(scale: Tensor) -> Tensor:

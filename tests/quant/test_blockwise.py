@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_cli.quant.blockwise import Code, dequantize, nearest, pack, quantize, unpack
+from qlora_cli.quant.bits import unpack
+from qlora_cli.quant.blockwise import Code, dequantize, nearest, quantize
 from qlora_cli.quant.codebooks import CODE_BOOKS, counted, lloyd_max, symmetric, two_pairs
 from qlora_cli.quant.scales import Scales, absmax, best_for_pairs, percentile, two_sigma
 
@@ -110,20 +111,6 @@ def test_zeros_stay_zeros_and_values_round_once(name, dtype):
     found = dequantize(packed, code, weight.shape, dtype)
     assert torch.equal(found[3], torch.zeros(64, dtype=dtype))
     assert torch.equal(found, dequantize(packed, code, weight.shape).to(dtype))
-
-
-@settings(deadline=None)
-@given(st.integers(1, 67), st.sampled_from([2, 4, 8]), st.integers(0, 2**32))
-def test_packed_codes_come_back(number, bits, seed):
-    codes = torch.randint(0, 2**bits, (number,), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
-    packed = pack(codes, bits)
-    assert len(packed) == -(-number * bits // 8)
-    assert torch.equal(unpack(packed, bits)[:number], codes)
-
-
-def test_the_first_weight_lies_in_the_highest_bits():
-    assert pack(torch.tensor([1, 2, 3, 0], dtype=torch.uint8), 2).tolist() == [0b01101100]
-    assert pack(torch.tensor([1, 2], dtype=torch.uint8), 4).tolist() == [0x12]
 
 
 @settings(deadline=None, max_examples=50)

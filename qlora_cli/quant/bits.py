@@ -1,0 +1,62 @@
+"""Codes of 2, 4 and 8 bits in bytes, and 2-bit codes widened to 4 bits without being taken apart.
+
+4-bit codes lie as in bitsandbytes: the first weight in a byte's high half. A byte of 2-bit codes holds two weights of
+the tensor's first half and two of its second, in turn, so that masks and one shift make two bytes of 4-bit codes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """(n,) uint8 codes to (⌈n · bits / 8⌉,) uint8; what is missing in the last byte is zeros."""
+    if bits == 8:
+        return codes
+    codes = torch.nn.functional.pad(codes, (0, -len(codes) % (8 // bits)))
+    if bits == 4:
+        return codes[::2] << 4 | codes[1::2]
+    first, second = codes.view(2, -1, 2)
+    return first[:, 0] << 6 | second[:, 0] << 4 | first[:, 1] << 2 | second[:, 1]
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """(n,) uint8 to (n · 8 / bits,) uint8 codes."""
+    if bits == 8:
+        return packed
+    if bits == 4:
+        return torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)
+    shifts = ((6, 2), (4, 0))
+    return torch.stack([torch.stack([packed >> at & 3 for at in half], dim=1) for half in shifts]).reshape(-1)
+
+
+def pairs_as_fp4(packed: Tensor) -> Tensor:
+    """(n,) uint8 of the 2-bit codes of ±1/4 and ±1 to (2n,) uint8 of FP4's codes: 4 · code + 3."""
+    words, repeated = _words(packed)
+    wide = torch.empty((2, len(words)), dtype=words.dtype, device=words.device)
+    torch.bitwise_and(words, repeated(0xCC), out=wide[0])
+    torch.bitwise_and(words << 2, repeated(0xCC), out=wide[1])
+    return wide.bitwise_or_(repeated(0x33)).view(-1).view(torch.uint8)
+
+
+def nf2_as_nf4(packed: Tensor) -> Tensor:
+    """(n,) uint8 of NF2's codes to (2n,) uint8 of NF4's codes for the same levels: 0, 7, 11 and 15.
+
+    The high bits of 4 · code are its own, and the low ones are set where it is not 0: where code + 3 passes 3.
+    """
+    words, repeated = _words(packed)
+    wide = torch.empty((2, len(words)), dtype=words.dtype, device=words.device)
+    torch.bitwise_and(words, repeated(0xCC), out=wide[0])
+    torch.bitwise_and(words << 2, repeated(0xCC), out=wide[1])
+    fours = (wide >> 2).bitwise_and_(repeated(0x33)).add_(repeated(0x33)).bitwise_and_(repeated(0x44))
+    return wide.add_(fours).sub_(fours >> 2).view(-1).view(torch.uint8)
+
+
+def _words(packed: Tensor) -> tuple[Tensor, Callable[[int], int]]:
+    """The bytes, eight at a time where they divide evenly, and what repeats a byte to such a word."""
+    if len(packed) % 8:
+        return packed, lambda byte: byte
+    return packed.view(torch.int64), lambda byte: int.from_bytes(bytes([byte] * 8), signed=True)
