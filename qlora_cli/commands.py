@@ -23,7 +23,7 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
 from qlora_cli.train import loop
 from qlora_cli.train.checkpoint import MANIFEST, fault
-from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_trained_on
+from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_seen
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, check_resume, claim, date_of, locked, read_facts, replace_text
 from qlora_cli.train.session import say_base
@@ -80,7 +80,7 @@ def evaluate(
         )
     found = find_base(recipe)
     examples = encode_role(recipe, found, "eval", report, date_of(run))
-    refuse_trained_on(recipe.data, examples)
+    refuse_seen(recipe, run_of(adapter) or run, examples)
     refuse_beyond_context(found, examples)
     base = load_base(recipe, default_device(), found)
     say_base(report, recipe, base)
@@ -95,6 +95,12 @@ def evaluate(
         models["adapter"], answers["adapter"] = measure(recipe, base, model, rows, report, "adapter")
     tokens = sum(row.num_trained for row in rows)
     return {"rows": len(rows), "tokens": tokens, "models": models, "samples": samples(answers)}
+
+
+def run_of(adapter: Path) -> Run | None:
+    """The run that an adapter's folder or checkpoint lies in, if it lies in one."""
+    runs = (Run(folder) for folder in adapter.absolute().parents[:2])
+    return next((run for run in runs if run.facts.exists()), None)
 
 
 def has_held_out(recipe: Recipe) -> bool:

@@ -186,6 +186,34 @@ def test_eval_on_trained_rows_or_beyond_the_context_is_refused_before_a_weight_i
     assert "base  " not in ended.err, "the weights were read first"
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [["data.eval=[]", "training.eval_steps=200", "data.eval_fraction=0.5"],
+     ["data.eval=[]", "training.eval_steps=200", "data.eval_fraction=0.5", "data.train=[{path: '%s/li*.jsonl'}]"]],
+    ids=["rows held out only now", "of other files' names"],
+)  # fmt: skip
+def test_eval_of_another_split_than_the_run_held_out_is_refused(finished, tmp_path, qlora, settings):
+    """The run trained on all rows: a part of them held out now is no held-out data."""
+    trained = yaml.safe_load((finished / "resolved.yaml").read_text())["data"]["train"][0]["path"]
+    (tmp_path / "link.jsonl").symlink_to(trained)
+    options = [part for setting in settings for part in ("--set", setting.replace("%s", str(tmp_path)))]
+    for adapter in ([], ["--adapter", finished / "adapter"]):
+        ended = qlora("eval", finished, *options, *adapter)
+        assert (ended.code, "is held out and trained on" in ended.err) == (2, True), ended.err
+
+
+def test_eval_of_the_split_that_the_run_held_out_goes_on(recipe_file, tmp_path, qlora):
+    values = yaml.safe_load(recipe_file.read_text())
+    del values["data"]["eval"]
+    values["data"]["eval_fraction"] = 0.4
+    recipe_file.write_text(yaml.safe_dump(values))
+    assert qlora("train", recipe_file, "--set", "training.max_steps=1").code == 0
+    assert qlora("eval", tmp_path / "run").code == 0
+    for setting in ("training.seed=8", "data.eval_fraction=0.9"):
+        ended = qlora("eval", tmp_path / "run", "--set", setting)
+        assert (ended.code, "is held out and trained on" in ended.err) == (2, True), ended.err
+
+
 def test_eval_says_when_the_base_is_another(finished, qlora):
     ended = qlora("eval", finished, "--json", "--set", "quantization.data_type=fp4")
     assert ended.code == 0

@@ -325,6 +325,17 @@ def test_a_preview_of_a_hub_model_asks_for_no_weights(qlora, recipe_file, tiny_m
     assert not [pattern for pattern in asked if "safetensors" in pattern]
 
 
+def test_of_a_stream_no_epoch_is_told(qlora, recipe_file, monkeypatch):
+    """Nobody knows how long it is: its first rows are shown, and that training reads on."""
+    monkeypatch.setattr("qlora_cli.train.reading.BLOCK", 3)
+    path = recipe_file([conversation(f"q{number}", "a") for number in range(9)])
+    settings = ["--set", "data.train[0].streaming=true", "--set", "training.max_steps=5"]
+    result = json_of(qlora("preview", path, "--json", *settings))
+    assert (result["statistics"]["num_examples"], result["statistics"]["epoch"]) == (3, None)
+    assert result["notes"][0].endswith("rows of each source at most: it is streamed, and training reads on for 5 steps")
+    assert "training reads on for 5 steps" in " ".join(qlora("preview", path, *settings).out.split())
+
+
 def test_overrides_are_taken(qlora, recipe_file):
     result = json_of(qlora("preview", recipe_file([GOOD]), "--json", "--set", "training.max_steps=7"))
     assert result["statistics"]["epoch"]["total_steps"] == 7

@@ -53,17 +53,24 @@ def key_of(wanted: Wanted, resolved: Sequence[Resolved]) -> str:
 
 
 def stream_digest(wanted: Wanted, parts: Sequence[Sequence[Part]]) -> str:
-    """The same for rows that are streamed: of local files name and size, since reading them would take too long."""
-    named = [
-        [_name_and_size(part) if isinstance(part, DataFile) else part.digest() for part in found] for found in parts
-    ]
+    """The same for rows that are streamed, whose files are too long to be read for it: see `_outline`."""
+    named = [[_outline(part) if isinstance(part, DataFile) else part.digest() for part in found] for found in parts]
     order = [(Path(__file__).parent / name).read_bytes() for name in ("order.py", "packing.py", "stream.py")]
-    return hashlib.sha256(repr((code_version(), order, _options(wanted), named)).encode()).hexdigest()
+    weights = [source.weight for source in wanted.sources]
+    return hashlib.sha256(repr((code_version(), order, _options(wanted), weights, named)).encode()).hexdigest()
 
 
-def _name_and_size(file: DataFile) -> tuple[str, int]:
-    with readable(file.path):
-        return file.path, os.path.getsize(file.path)
+def _outline(file: DataFile) -> tuple[str, int, str]:
+    """Path, size, and SHA-256 of the first and last 64 KiB of a file."""
+    with readable(file.path), open(file.path, "rb") as opened:
+        size = os.path.getsize(file.path)
+        ends = hashlib.sha256(opened.read(_END))
+        opened.seek(max(0, size - _END))
+        ends.update(opened.read())
+        return file.path, size, ends.hexdigest()
+
+
+_END = 2**16
 
 
 def _options(wanted: Wanted) -> tuple[Any, ...]:
@@ -75,7 +82,7 @@ def _options(wanted: Wanted) -> tuple[Any, ...]:
     if not wanted.settings.is_dated:
         del settings["today"]
     sources = [
-        (source.path, source.format, source.template and source.template.model_dump(), source.limit, source.weight)
+        (source.path, source.format, source.template and source.template.model_dump(), source.limit)
         for source in wanted.sources
     ]
     split = (wanted.eval_fraction, wanted.seed, wanted.side) if wanted.eval_fraction else ()

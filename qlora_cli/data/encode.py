@@ -49,7 +49,8 @@ class Example:
     @property
     def num_trained(self) -> int:
         """Tokens that count in the loss. The first token has no context and is never predicted, whatever its label."""
-        return len(self.labels) - 1 - self.labels[1:].count(IGNORE_INDEX)
+        trainable = self.labels[1:]
+        return len(trainable) - trainable.count(IGNORE_INDEX)
 
     @property
     def num_prompt(self) -> int:

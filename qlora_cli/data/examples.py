@@ -19,7 +19,7 @@ from qlora_cli.data.prepare import Progress, prepared
 from qlora_cli.data.rows import Role, count
 from qlora_cli.data.sources import Part
 from qlora_cli.data.store import StoredRows, part_from_json
-from qlora_cli.recipe.schema import Data
+from qlora_cli.recipe.schema import Data, Source
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -162,9 +162,9 @@ def load_examples(
     wanted = wanted_rows(data, role, tokenizer, stop_token_ids, seed=seed, today=today)
     workers = None if data.workers == "auto" else data.workers
     try:
-        return _examples(*prepared(wanted, workers, progress))
+        return _examples(*prepared(wanted, workers, progress), wanted.sources)
     except FileNotFoundError:  # somebody emptied the cache between two lines
-        return _examples(*prepared(wanted, workers, progress))
+        return _examples(*prepared(wanted, workers, progress), wanted.sources)
 
 
 def wanted_rows(
@@ -189,12 +189,13 @@ def wanted_rows(
     )
 
 
-def _examples(folder: Path, index: dict[str, Any]) -> Examples:
+def _examples(folder: Path, index: dict[str, Any], wanted: Sequence[Source]) -> Examples:
     """The examples of a prepared folder."""
     parts = [part_from_json(facts) for facts in index["parts"]]
     rows = StoredRows(folder, index["num_rows"], index["num_tokens"], parts)
     tally = {name: number for name, number in index["tally"].items() if name in Examples.__dataclass_fields__}
-    sources = tuple(SourceCount(**facts) for facts in index["sources"])
+    counted = zip(index["sources"], wanted, strict=True)
+    sources = tuple(SourceCount(**facts, weight=source.weight) for facts, source in counted)
     return Examples(
         rows=rows,
         sources=sources,

@@ -209,7 +209,8 @@ _DIALOGUES = (  # texts that the columns alone would take for plain ones: chosen
 def choose_format(row: Row, where: str) -> str:
     """The format of `auto`: the one that reads most of the row's columns.
 
-    Raises UserError where none fits, two fit equally well, or the text is a dialogue that another format reads.
+    Raises UserError where none fits, two fit equally well, the text is a dialogue that another format reads, or the row
+    holds tools or a system's text that this one does not.
     """
     fit = fitting(row)
     if not fit:
@@ -220,6 +221,7 @@ def choose_format(row: Row, where: str) -> str:
         what = f"the columns {_columns(row)} fit {' and '.join(fit)}"
         raise UserError(where, what, f"set format: {' or '.join(fit)}")
     _refuse_dialogue(fit[0], row, where)
+    _refuse_unread(fit[0], row, where)
     return fit[0]
 
 
@@ -232,6 +234,7 @@ def check_row(name: str, auto: bool, row: Row, where: str) -> None:
         raise UserError(where, what, "set the format of the source, or give all rows the same columns")
     if auto:
         _refuse_dialogue(name, row, where)
+    _refuse_unread(name, row, where)
     if not format.explained(_found(row)):
         missing = " or ".join(" and ".join(_missing(columns, row)) for columns in format.one_of)
         what = f"no column {missing} for the format {name}, found {_columns(row)}"
@@ -260,6 +263,13 @@ def _refuse_dialogue(chosen: str, row: Row, where: str) -> None:
         if chosen == name and str(row[column]).lstrip().startswith(beginning):
             what = f"{column} begins with {beginning!r}: a dialogue, which the format {name} would not tell apart"
             raise UserError(where, what, f"set format: {other} or {name}")
+
+
+def _refuse_unread(name: str, row: Row, where: str) -> None:
+    """Raises UserError where the row says what its other columns are read with, and the format does not look."""
+    if unread := [column for column in _TOLD if row.get(column) and column not in FORMATS[name].optional]:
+        what = f"has {unread[0]}, which the format {name} does not read"
+        raise UserError(where, what, f"remove {unread[0]}, or write the row as messages")
 
 
 def _missing(columns: tuple[str, ...], row: Row) -> list[str]:

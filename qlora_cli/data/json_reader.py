@@ -18,12 +18,24 @@ from qlora_cli.data.rows import Mark, Read
 from qlora_cli.errors import UserError
 
 WINDOW_BYTES = 2**16
-_DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\r\n]*")
 _TOKEN = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+("?)|[\[{\]}]', re.DOTALL)
 _SCALAR = re.compile(r"[^\s,\]}]*")
 _LONGEST_UNIT = 16  # more than "\\ud83d\\ude00" and -Infinity have; the digits of a number are units of their own
 _ONE_PER_LINE = "put one whole object on each line, or all of them in a list"
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of these keys; Python's own would take the last of two alike."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def read_json(path: str, start: Mark) -> Iterator[Read]:
@@ -42,7 +54,7 @@ def read_json(path: str, start: Mark) -> Iterator[Read]:
 def _line_value(text: str, place: str) -> Any | UserError:
     """The one JSON value of a line, or what is wrong with it."""
     try:
-        return json.loads(text.rstrip("\r\n"))
+        return _DECODER.decode(text.rstrip("\r\n"))
     except json.JSONDecodeError as error:
         return UserError(f"{place}:{error.colno}", f"broken JSON: {error.msg}", _ONE_PER_LINE)
     except (ValueError, RecursionError) as error:

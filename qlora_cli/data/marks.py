@@ -53,6 +53,37 @@ def strings_in(value: Any) -> Iterator[str]:
             yield from strings_in(item)
 
 
+def words_in(value: Any) -> Iterator[str]:
+    """Every text in a JSON value, and every key."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from value
+    if isinstance(value, dict | list):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from words_in(item)
+
+
+def variants(value: Any) -> Iterator[Any]:
+    """Copies of a JSON value with one key renamed, or without one value that holds neither text nor other values."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield {key + chr(FIRST_MARK) if other == key else other: value[other] for other in value}
+            if _is_bare(item):
+                yield {other: value[other] for other in value if other != key}
+            yield from ({**value, key: variant} for variant in variants(item))
+    elif isinstance(value, list):
+        for at, item in enumerate(value):
+            if _is_bare(item):
+                yield [*value[:at], *value[at + 1 :]]
+            yield from ([*value[:at], variant, *value[at + 1 :]] for variant in variants(item))
+
+
+def _is_bare(value: Any) -> bool:
+    """Whether marks cannot show a value: a number, true, null, an empty text, object or list."""
+    return not value.strip() if isinstance(value, str) else not (isinstance(value, dict | list) and value)
+
+
 class Marker:
     """Puts marks around texts, and remembers which."""
 

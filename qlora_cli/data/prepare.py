@@ -33,10 +33,9 @@ Progress = Callable[[int], None]
 
 @dataclass
 class _Count:
-    """What was read of one source, as examples.SourceCount."""
+    """What was read of one source, as examples.SourceCount, but for the weight: it changes no row."""
 
     path: str
-    weight: float
     num_ignored: int
     format: str = ""
     auto: bool = False
@@ -126,7 +125,7 @@ def _prepare_source(
     source: Source, found: Resolved, wanted: Wanted, pool: Pool, writer: Writer, seen: _Seen, progress: Progress
 ) -> None:
     """Prepares the rows of one source."""
-    counted = _Count(source.path, source.weight, found.num_ignored)
+    counted = _Count(source.path, found.num_ignored)
     seen.sources.append(counted)
     first_part = len(seen.parts)
     seen.parts += found.parts

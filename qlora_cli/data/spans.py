@@ -20,10 +20,22 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from qlora_cli.data.chat import Chat
 from qlora_cli.data.conversations import Conversation, Message, Plain
-from qlora_cli.data.marks import FIRST_MARK, MARKS, REPEATABLE, Leaf, Marker, Span, spellings, strings_in, texts_of
+from qlora_cli.data.marks import (
+    FIRST_MARK,
+    MARKS,
+    REPEATABLE,
+    Leaf,
+    Marker,
+    Span,
+    spellings,
+    texts_of,
+    variants,
+    words_in,
+)
 from qlora_cli.errors import UserError
 
 MOST_CHARACTERS = 10_000_000
@@ -75,9 +87,10 @@ def render_row(content: Conversation | Plain, chat: Chat, where: str) -> list[Re
 
 def _check_control(content: Conversation, chat: Chat, where: str) -> None:
     """Refuses a text that holds a control token: within a message or a tool it would end or begin a turn."""
-    messages = enumerate(content.messages, 1)
+    messages = [*enumerate(content.messages, 1)]
     texts = [(f"{kind} of {_name(turn, number)}", text) for number, turn in messages for kind, text in texts_of(turn)]
-    for name, text in (*texts, *(("a tool", text) for text in strings_in(content.tools))):
+    texts += [(f"a name of {_name(turn, number)}", text) for number, turn in messages for text in words_in(turn)]
+    for name, text in (*texts, *(("a tool", text) for text in words_in(content.tools))):
         if found := chat.control.search(text):
             what = f"{name} holds the control token {found[0]!r}, which would act as one"
             raise UserError(where, what, "remove it from the text, or use prompt_completion, which is verbatim")
@@ -185,7 +198,8 @@ def _locate(proof: Proof, content: Conversation, wanted: Sequence[int], chat: Ch
         if any(begin < behind for begin, _ in spans):
             raise chat.refused(f"moves {_name(content.messages[index], index + 1)}", proof.where)
         behind = max([behind, *(end for _, end in spans)])
-    _check_numbers(proof, content, wanted, chat)
+    _check_calls(proof, content, chat)
+    _check_tools(proof, content, chat)
 
 
 def _refuse_lost(leaf: Leaf, proof: Proof, wanted: Sequence[int], chat: Chat) -> None:
@@ -198,23 +212,40 @@ def _refuse_lost(leaf: Leaf, proof: Proof, wanted: Sequence[int], chat: Chat) ->
     raise chat.refused(f"drops {_described(leaf, proof)}", proof.where)
 
 
-def _check_numbers(proof: Proof, content: Conversation, wanted: Sequence[int], chat: Chat) -> None:
-    """Refuses a template that drops a tool call's arguments without a text (numbers, ...), which marks cannot show.
+def _check_calls(proof: Proof, content: Conversation, chat: Chat) -> None:
+    """Refuses a template that drops a key of a tool call's arguments, or a value without a text (a number, ...).
 
-    It is found by leaving them out: the rendering must change.
+    Marks cannot show these; with another key, or without the value, the rendering must change.
     """
     for index, message in enumerate(content.messages):
         for number, call in enumerate(message.get("tool_calls", ())):
-            arguments = call["function"]["arguments"]
-            texts = {key: value for key, value in arguments.items() if any(map(str.strip, strings_in(value)))}
-            if texts == arguments:
-                continue
-            calls = list(message["tool_calls"])
-            calls[number] = {**call, "function": {**call["function"], "arguments": texts}}
-            others = [*content.messages]
-            others[index] = {**message, "tool_calls": calls}
-            if chat.render(others, proof.where, content.tools) == proof.text:
-                raise chat.refused(f"drops a tool call's arguments of {_name(message, index + 1)}", proof.where)
+            for arguments in variants(call["function"]["arguments"]):
+                calls = list(message["tool_calls"])
+                calls[number] = {**call, "function": {**call["function"], "arguments": arguments}}
+                others = [*content.messages]
+                others[index] = {**message, "tool_calls": calls}
+                if _renders_alike(proof, others, content.tools, chat):
+                    raise chat.refused(f"drops a tool call's arguments of {_name(message, index + 1)}", proof.where)
+
+
+def _check_tools(proof: Proof, content: Conversation, chat: Chat) -> None:
+    """Refuses a template that drops the parameters of a tool: without them the rendering must change."""
+    for number, tool in enumerate(content.tools or ()):
+        if tool["function"].get("parameters"):
+            tools = [*(content.tools or ())]
+            tools[number] = {**tool, "function": {**tool["function"], "parameters": {}}}
+            if _renders_alike(proof, content.messages, tools, chat):
+                raise chat.refused(f"drops the parameters of a tool ({tool['function']['name']!r})", proof.where)
+
+
+def _renders_alike(proof: Proof, messages: list[Message], tools: list[dict[str, Any]] | None, chat: Chat) -> bool:
+    """Whether other messages or tools are rendered as the row itself; where they cannot be, they are read."""
+    try:
+        return chat.render(messages, proof.where, tools) == proof.text
+    except UserError as error:
+        if isinstance(error.__cause__, MemoryError):
+            raise
+        return False
 
 
 # ── where an answer begins and ends ──────────────────────────────────────────────────────────────────────────────────

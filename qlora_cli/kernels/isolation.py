@@ -1,7 +1,8 @@
 """Whether a model keeps packed documents apart: asked of the loaded model itself, since no declaration of it is sure.
 
 Some architectures ignore `position_ids`, some keep a state that runs on from document to document (convolutions, linear
-attention), some build their mask in a way of their own. All show in three forwards of 21 tokens.
+attention), some build their mask in a way of their own. All show in three forwards of 21 tokens. Sliding windows, which
+some know by the mask alone, are longer: for three forwards more they are narrowed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from qlora_cli.kernels.packed_attention import NAME, packed_arguments, supports,
 LENGTHS = (8, 7, 6)
 """Tokens of the packed documents."""
 
+NARROW = 4
+"""Tokens of a sliding window in the proof."""
+
 EXACT, ROUNDED = 1e-3, 0.05
 """What rounding may make of the logits in fp32, and in 16 or 8 bits; a neighbour or a wrong position makes over 0.1."""
 
@@ -27,23 +31,24 @@ class NotIsolated(Exception):
     """The model does not keep packed documents apart; the message is a clause with the reason."""
 
 
-def prepare_packing(model: Any, device: torch.device, vocab_size: int) -> str:
+def prepare_packing(model: Any, device: torch.device, vocab_size: int, longest: int | None = None) -> str:
     """The name of a proven attention, our own where the model can use it; the model is left switched to it.
 
-    Raises NotIsolated where neither it nor the attention that the model was loaded with keeps documents apart.
+    longest: tokens of the longest document; None: of any length. Raises NotIsolated where neither it nor the attention
+    that the model was loaded with keeps documents apart.
     """
     before = unwrapped(model).config._attn_implementation
     if use_packed_attention(model):
         try:
-            check_isolation(model, device, vocab_size)
+            check_isolation(model, device, vocab_size, longest)
             return NAME
         except NotIsolated:
             unwrapped(model).set_attn_implementation(before)
-    check_isolation(model, device, vocab_size)
+    check_isolation(model, device, vocab_size, longest)
     return str(before)
 
 
-def check_isolation(model: Any, device: torch.device, vocab_size: int) -> None:
+def check_isolation(model: Any, device: torch.device, vocab_size: int, longest: int | None = None) -> None:
     """Proves that packing is right with the model's own attention; to be called under the autocast of training.
 
     Other tokens in the second of three documents must leave every bit of the other two's logits, and the three packed
@@ -51,29 +56,58 @@ def check_isolation(model: Any, device: torch.device, vocab_size: int) -> None:
     """
     if unwrapped(model).config._attn_implementation == NAME and not supports(model):
         raise NotIsolated(f"{type(unwrapped(model)).__name__} computes attention in a way of its own, not by {NAME}")
+    with _evaluating(model):
+        _check(model, device, vocab_size)
+        windows = _windows(model)
+        if any(longest is None or longest > window for _, window in windows):
+            with _narrowed(windows):
+                _check(model, device, vocab_size)
+
+
+def _check(model: Any, device: torch.device, vocab_size: int) -> None:
+    """As check_isolation, for the model as it is now."""
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(vocab_size, (length,), generator=generator) for length in LENGTHS]
     changed = [rows[0], (rows[1] + 1) % vocab_size, rows[2]]
-    with _evaluating(model):
-        try:
-            packed, other = _packed_logits(model, rows, device), _packed_logits(model, changed, device)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # anybody's model code, given what it was not written for
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise NotIsolated(f"a row of packed documents fails: {reason}") from error
-        padded = _padded_logits(model, rows, device)
-        tolerance = _tolerance(packed[0], device)
-        told = _difference(other[::2], packed[::2])
-        if told != 0:
-            # what rows of a padded batch tell of each other, by outliers of int8 or sizes of experts' batches
-            mixed = _difference(_padded_logits(model, changed, device)[::2], padded[::2])
-            tolerance = min(ROUNDED, max(tolerance, 3 * mixed))
-            if mixed == 0 or not told <= tolerance:
-                raise NotIsolated(f"tokens of one document change the logits of the others (by {told:.1e})")
+    try:
+        packed, other = _packed_logits(model, rows, device), _packed_logits(model, changed, device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # anybody's model code, given what it was not written for
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NotIsolated(f"a row of packed documents fails: {reason}") from error
+    padded = _padded_logits(model, rows, device)
+    tolerance = _tolerance(packed[0], device)
+    told = _difference(other[::2], packed[::2])
+    if told != 0:
+        # what rows of a padded batch tell of each other, by outliers of int8 or sizes of experts' batches
+        mixed = _difference(_padded_logits(model, changed, device)[::2], padded[::2])
+        tolerance = min(ROUNDED, max(tolerance, 3 * mixed))
+        if mixed == 0 or not told <= tolerance:
+            raise NotIsolated(f"tokens of one document change the logits of the others (by {told:.1e})")
     off = _difference(packed, padded)
     if not off <= tolerance:  # true for NaN as well
         raise NotIsolated(f"packed documents have other logits than rows of a batch (by {off:.1e}, not rounding)")
+
+
+def _windows(model: Any) -> list[tuple[Any, int]]:
+    """What holds a sliding window, config or layer, with its tokens."""
+    config = unwrapped(model).config
+    holders = {id(holder): holder for holder in (config, config.get_text_config(), *model.modules())}
+    found = [(holder, getattr(holder, "sliding_window", None)) for holder in holders.values()]
+    return [(holder, window) for holder, window in found if isinstance(window, int) and window > NARROW]
+
+
+@contextmanager
+def _narrowed(windows: Sequence[tuple[Any, int]]) -> Iterator[None]:
+    """Windows shorter than the documents of the proof inside the block."""
+    try:
+        for holder, _ in windows:
+            holder.sliding_window = NARROW
+        yield
+    finally:
+        for holder, window in windows:
+            holder.sliding_window = window
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from qlora_cli.recipe.schema import Model
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
 SMALL = ["*.json", "*.model", "*.txt", "*.jinja"]
 WEIGHTS = ["*.safetensors"]
+_COMMIT = re.compile("[0-9a-f]{40}")
 
 
 def locate(model: Model) -> Path:
@@ -41,10 +43,13 @@ def locate(model: Model) -> Path:
 
 
 def fetch_weights(model: Model, folder: Path) -> None:
-    """Downloads the weights of a hub model to the folder that `locate` gave. Raises UserError as it does."""
+    """Downloads the weights of a hub model to the folder that `locate` gave: those of the same commit.
+
+    Raises UserError as `locate` does.
+    """
     if not os.path.isdir(model.name_or_path):
-        download(model, [*SMALL, *WEIGHTS])
-        check_weights(folder)
+        commit = folder.name if _COMMIT.fullmatch(folder.name) else model.revision
+        check_weights(download(model.model_copy(update={"revision": commit}), [*SMALL, *WEIGHTS]))
 
 
 def download(model: Model, patterns: list[str]) -> Path:

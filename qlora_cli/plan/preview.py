@@ -11,6 +11,7 @@ from qlora_cli.data.examples import Examples
 from qlora_cli.data.prepare import Unfit
 from qlora_cli.data.rows import Role, count
 from qlora_cli.data.statistics import Statistics, statistics
+from qlora_cli.data.stream import BLOCK
 from qlora_cli.data.view import row_of, shown, special_ids
 from qlora_cli.errors import UserError
 from qlora_cli.model.base import Found, find_base
@@ -37,7 +38,9 @@ def preview(recipe: Recipe, report: Report, role: Role, row: int | None, limit: 
         raise UserError(f"--row {row}", f"{count(total, 'example')} in all", f"name a number from 1 to {total}")
     training = recipe.training
     per_step = training.micro_batch_size * training.gradient_accumulation_steps
-    told = statistics(examples, recipe, order_of(recipe, examples, per_step) if role == "train" else None)
+    streamed = role == "train" and recipe.data.train[0].streaming
+    order = order_of(recipe, examples, per_step) if role == "train" and not streamed else None
+    told = statistics(examples, recipe, order)
     if limit is None:
         limit = len(examples.sources) if len(examples.sources) > 1 else SHOWN_ROWS
     chosen = shown(examples, limit) if row is None else [row - 1]
@@ -49,7 +52,7 @@ def preview(recipe: Recipe, report: Report, role: Role, row: int | None, limit: 
         "sources": [{**asdict(source), "path": from_here(source.path)} for source in examples.sources],
         "statistics": asdict(told),
         "summary": told.words(),
-        "notes": [*examples.losses(), *beyond_context(found, told)],
+        "notes": [*(beginnings(recipe) if streamed else []), *examples.losses(), *beyond_context(found, told)],
         "rows": [{**row, "where": from_here(row["where"])} for row in rows],
         "whole": row is not None,
     }
@@ -88,6 +91,12 @@ def load(recipe: Recipe, found: Found, role: Role, report: Report) -> Examples:
 def from_here(where: str) -> str:
     """A place without the path of the folder that we are in."""
     return where.removeprefix(os.path.join(os.getcwd(), ""))
+
+
+def beginnings(recipe: Recipe) -> list[str]:
+    """That of streams no more was read than their beginnings."""
+    steps = count(recipe.training.max_steps or 0, "step")
+    return [f"the first {BLOCK:,} rows of each source at most: it is streamed, and training reads on for {steps}"]
 
 
 def beyond_context(found: Found, told: Statistics) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from qlora_cli import __version__
+from qlora_cli.data.store import part_to_json
 from qlora_cli.model.base import Base
 from qlora_cli.quant.bitsandbytes import quantized_modules
 from qlora_cli.recipe import Recipe
@@ -36,7 +37,12 @@ def run_facts(recipe: Recipe, base: Base, base_fingerprint: str, feed: Feed, tod
             "compute_dtype": str(base.compute_dtype).removeprefix("torch."),
             "quantized_modules": sorted(quantized_modules(base.model)),
         },
-        "data": {"rows": len(feed.examples.rows), "trained_tokens": feed.examples.num_trained},
+        "data": {
+            "rows": len(feed.examples.rows),
+            "trained_tokens": feed.examples.num_trained,
+            "parts": [part_to_json(part) for part in feed.examples.parts],
+            "split": {"eval_fraction": recipe.data.eval_fraction, "seed": recipe.training.seed},
+        },
         "fingerprints": {
             "base": base_fingerprint,
             "tokenizer": digest(base.tokenizer.backend_tokenizer.to_str()),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterable
 from datetime import date
 from itertools import count as count_up
 from itertools import islice
@@ -13,8 +13,9 @@ from qlora_cli.data.limits import Limits
 from qlora_cli.data.order import Order
 from qlora_cli.data.readers import DataFile
 from qlora_cli.data.rows import Role, count
-from qlora_cli.data.sources import Part, resolve
+from qlora_cli.data.sources import Part
 from qlora_cli.data.statistics import layout_of
+from qlora_cli.data.store import part_from_json
 from qlora_cli.data.stream import BLOCK, Stream
 from qlora_cli.errors import UserError
 from qlora_cli.kernels.isolation import NotIsolated, check_isolation, prepare_packing
@@ -22,9 +23,10 @@ from qlora_cli.kernels.packed_attention import NAME as PACKED
 from qlora_cli.model.base import Base, Found
 from qlora_cli.model.rope import rope_boundaries
 from qlora_cli.recipe import Recipe
-from qlora_cli.recipe.schema import Data, Source
+from qlora_cli.recipe.schema import Source
 from qlora_cli.train.feed import Feed, StoredFeed, StreamFeed
 from qlora_cli.train.report import Report
+from qlora_cli.train.run import Run, read_facts
 
 TOLD_ROWS = 20
 """So many bad rows of a stream are told; all are counted."""
@@ -92,21 +94,21 @@ def say_layout(report: Report, recipe: Recipe, feed: Feed, packed: bool) -> None
         report.say(f"batches  {layout_of(feed.order, recipe.training.micro_batch_size).words(packed)}")
 
 
-def refuse_trained_on(data: Data, eval_set: Examples) -> None:
-    """Refuses held-out files and hub splits that are among the trained ones, however they were named.
-
-    Where the trained ones are no longer there, no held-out one is among them.
-    """
-    if data.eval_fraction:
-        return
-    trained = set()
-    for source in data.train:
-        with suppress(UserError):
-            trained |= {identity(part) for part in resolve(source, "train").parts}
+def refuse_trained_on(trained: Iterable[Part], eval_set: Examples) -> None:
+    """Refuses held-out files and hub splits that are among the trained ones, however they were named."""
+    known = {identity(part) for part in trained}
     for part in eval_set.parts:
-        if identity(part) in trained:
+        if identity(part) in known:
             what = f"{part.path} is held out and trained on"
             raise UserError("data.eval", what, "name other rows: a model that has seen them cannot be measured on them")
+
+
+def refuse_seen(recipe: Recipe, run: Run, eval_set: Examples) -> None:
+    """Refuses rows that the finished run has seen: another share of its files than it held out is trained on."""
+    data = (read_facts(run) or {}).get("data", {})
+    split = {"eval_fraction": recipe.data.eval_fraction, "seed": recipe.training.seed}
+    if not recipe.data.eval_fraction or split != data.get("split"):
+        refuse_trained_on(map(part_from_json, data.get("parts", [])), eval_set)
 
 
 def identity(part: Part) -> tuple[str | None, ...]:
@@ -153,9 +155,9 @@ def keep_apart(recipe: Recipe, base: Base, report: Report, longest: int) -> bool
             raise NotIsolated("one example beyond the length up to which its RoPE is short would lengthen all others'")
         with base.compute():
             if attention == "auto":
-                attention = prepare_packing(base.model, base.device, vocabulary)
+                attention = prepare_packing(base.model, base.device, vocabulary, longest)
             else:
-                check_isolation(base.model, base.device, vocabulary)
+                check_isolation(base.model, base.device, vocabulary, longest)
         if wanted == "auto" and not attention.startswith((PACKED, "flash")):
             raise NotIsolated(f"attention {attention} would pay for a mask over all rows of a batch at once")
     except NotIsolated as error:

@@ -67,7 +67,8 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     today = date_of(run)
     feed = open_feed(recipe, found, report, today, global_batch(recipe, accelerator))  # a bad row is told in seconds
     eval_set = encode_role(recipe, found, "eval", report, today)
-    refuse_trained_on(recipe.data, eval_set)
+    if not recipe.data.eval_fraction:
+        refuse_trained_on(feed.examples.parts, eval_set)
     refuse_beyond_context(found, feed.examples, eval_set)
     if isinstance(feed, StreamFeed):
         refuse_long_stream(found, feed)

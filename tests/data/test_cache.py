@@ -41,6 +41,14 @@ def facts(examples: Examples) -> tuple[Any, ...]:
     return (rows, examples.digest, examples.num_rows, *examples.summary())
 
 
+def test_another_weight_prepares_nothing_again_and_is_told(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = load(path)
+    monkeypatch.setattr(prepare, "Pool", no_pool)
+    again = load(path, source={"weight": 2})
+    assert again.folder == first.folder
+    assert [source.weight for source in (*first.sources, *again.sources)] == [1, 2]
+
+
 def test_what_is_prepared_is_found_again_without_a_process(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load(path)
     monkeypatch.setattr(prepare, "Pool", no_pool)
@@ -109,7 +117,6 @@ CHANGES: dict[str, Change] = {
     "on_bad_row": _options(on_bad_row="skip"),
     "format": _options(source={"format": "question_answer"}),
     "limit": _options(source={"limit": 3}),
-    "weight": _options(source={"weight": 2}),
     "a source's template": _options(source={"template": ROW_TEMPLATE}),
     "a source's template, as chat": _options(source={"template": {**ROW_TEMPLATE, "chat": True}}),
     "eval_fraction": _options(eval_fraction=0.5),

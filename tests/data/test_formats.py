@@ -369,3 +369,14 @@ def test_real_files_read_completely(file: str) -> None:
     assert sum(len(content.answers) for content in read_rows if isinstance(content, Conversation)) == num_trained
     if not FORMATS[name].auto:
         assert f"Set format: {name} or" in choice_refusal(rows[0])
+
+
+@pytest.mark.parametrize("column", ["system", "tools", "functions"])
+def test_what_other_columns_are_read_with_is_not_passed_over(column: str) -> None:
+    row = {"question": "a", "answer": "b", column: "be brief"}
+    message = f"a:1: has {column}, which the format question_answer does not read."
+    for check in (lambda: choose_format(row, "a:1"), lambda: check_row("question_answer", False, row, "a:1")):
+        with pytest.raises(UserError, match=message):
+            check()
+    assert choose_format({**row, column: ""}, "a:1") == "question_answer"
+    assert choose_format({"instruction": "a", "output": "b", "system": "be brief"}, "a:1") == "alpaca"

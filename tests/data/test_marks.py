@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import pytest
 from rendering import CALLING, calling, refusal, rows_of, spans_of
 from tiny_tokenizer import CHATML
 
 from qlora_cli.data.conversations import Conversation, assistant, user
-from qlora_cli.data.marks import MARKS, Leaf, Marker, spellings
+from qlora_cli.data.marks import MARKS, Leaf, Marker, spellings, variants
 
 TURNS = [user("first"), assistant("one"), user("second"), assistant("two")]
 TOOLS = [
@@ -101,3 +104,40 @@ def test_tools_that_the_template_does_not_write_are_noticed() -> None:
     assert "drops the description of a tool ('Finds it')" in refusal(names, content)
     twice = listing.replace("{{ t | tojson }}", "{{ t | tojson }}{{ t.function.name }}")
     assert len(spans_of(twice, content)) == 2
+
+
+def test_parameters_of_a_tool_that_the_template_drops_are_noticed() -> None:
+    parameters = {"type": "object", "properties": {"city": {"type": "string", "description": "Where"}}}
+    tools = [{"type": "function", "function": {"name": "find", "description": "Finds it", "parameters": parameters}}]
+    content = Conversation(TURNS, tools=tools)
+    listing = "{% for t in tools or [] %}{{ t.function.name }}: {{ t.function.description }}{% endfor %}\n" + CHATML
+    assert "drops the parameters of a tool ('find')" in refusal(listing, content)
+    needing = listing.replace("{% endfor %}\n", " {{ t.function.parameters.properties.city.type }}{% endfor %}\n", 1)
+    assert len(spans_of(needing, content)) == 2
+
+
+@pytest.mark.parametrize(
+    ("written", "arguments"),
+    [
+        ("c.function.arguments.a.c", {"a": {"b": 1, "c": "t"}}),
+        ("c.function.arguments.values() | list | tojson", {"a": "x", "b": "y"}),
+        ("c.function.arguments.a | map(attribute='k') | list | tojson", {"a": [{"k": "x", "n": 1}]}),
+        ("c.function.arguments.a[:1] | tojson", {"a": ["x", 2]}),
+    ],
+)
+def test_a_key_or_a_number_within_a_calls_arguments_that_is_dropped_is_noticed(
+    written: str, arguments: dict[str, Any]
+) -> None:
+    template = CALLING.replace("c.function.arguments | tojson", written)
+    turns = [user("a"), calling(arguments)]
+    assert "drops a tool call's arguments of message 2 (assistant)" in refusal(template, turns)
+    assert len(spans_of(CALLING, turns)) == 1
+
+
+def test_variants_rename_each_key_and_leave_out_each_value_without_a_text() -> None:
+    found = list(variants({"a": {"b": 1, "c": "t"}, "d": [True, "u"]}))
+    assert {"a": {"c": "t"}, "d": [True, "u"]} in found
+    assert {"a": {"b": 1, "c": "t"}, "d": ["u"]} in found
+    assert {"a\U000f0000": {"b": 1, "c": "t"}, "d": [True, "u"]} in found
+    assert len(found) == 6
+    assert list(variants("t")) == list(variants(7)) == []

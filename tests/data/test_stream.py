@@ -153,3 +153,21 @@ def test_the_digest_is_of_names_sizes_and_options(tmp_path: Path) -> None:
         with stream:
             digests.append(stream.digest())
     assert digests[0] == digests[1] != digests[2]
+
+
+def test_the_digest_sees_a_file_that_was_written_anew_to_the_same_size(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", "a", 5)
+    with open_stream({"path": path}) as stream:
+        before = stream.digest()
+    path.write_text(path.read_text().replace("a 0", "b 0"))
+    with open_stream({"path": path}) as stream:
+        assert stream.digest() != before
+
+
+def test_the_digest_knows_the_weights_which_order_the_rows(tmp_path: Path) -> None:
+    path, other = write(tmp_path / "a.jsonl", "a", 5), write(tmp_path / "b.jsonl", "b", 5)
+    digests = set()
+    for weight in (1, 2):
+        with open_stream({"path": path}, {"path": other, "weight": weight}) as stream:
+            digests.add(stream.digest())
+    assert len(digests) == 2

@@ -17,6 +17,7 @@ from tiny_tokenizer import CHATML, tiny_chat, tiny_tokenizer
 
 from qlora_cli.data import worker
 from qlora_cli.data.chat import Chat, make_chat
+from qlora_cli.data.encode import Example
 from qlora_cli.data.limits import Limits
 from qlora_cli.data.worker import MOST_WORDS, TRAINED, Job, Result, Task, prepare, shortened
 from qlora_cli.errors import UserError
@@ -230,3 +231,13 @@ def test_every_row_is_an_example_or_a_reason(
         assert where.startswith(f"a:{index + 1}")
         assert 0 < len(what) < MOST_WORDS + 50
         assert len(todo) < 400
+
+
+def test_a_row_that_is_rendered_to_nothing_is_refused() -> None:
+    """It would count as one token less than none in the loss."""
+    chat = tiny_chat("{% for m in messages %}{{ m.content }}{% endfor %}", train_on="all")
+    rows = [{"question": "", "answer": ""}, {"question": "a", "answer": "b"}]
+    result = prepared(rows, replace(JOB, settings=chat.settings), chat)
+    assert [(index, what.partition(":")[0]) for index, _, what, _ in result.bad] == [(0, "nothing to train")]
+    assert [index for index, _, _ in result.examples] == [1]
+    assert Example([], [], "a").num_trained == 0

@@ -14,7 +14,7 @@ from qlora_cli.kernels.isolation import NotIsolated, check_isolation, prepare_pa
 from qlora_cli.kernels.packed_attention import NAME, register, use_packed_attention
 from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import load_base
-from tests.kernels.tiny_models import GPT2, MODELS, VOCAB, tiny
+from tests.kernels.tiny_models import GPT2, MODELS, VOCAB, packed_logits, tiny
 
 CPU = torch.device("cpu")
 ALIBI = {"hidden_size": 32, "n_layer": 2, "n_head": 4}
@@ -160,3 +160,29 @@ def test_quantised_models_with_adapters_pass_under_the_autocast_of_training(make
         check(model)
         assert prepare_packing(model, CPU, VOCAB) == NAME
     assert model.training
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gemma3_text", "qwen2", "cohere2"])
+def test_windows_longer_than_the_proof_are_proven_too(kind):
+    """Narrowed in config and layers alike, and put back after."""
+    model = tiny(kind, sliding_window=16)
+    windows = [getattr(module, "sliding_window", None) for module in (model.config, *model.modules())]
+    assert prepare_packing(model, CPU, VOCAB) == NAME
+    assert [getattr(module, "sliding_window", None) for module in (model.config, *model.modules())] == windows
+
+
+@pytest.mark.parametrize("kind", ["olmoe", "phimoe"])
+def test_a_window_that_only_the_mask_knows_is_seen(kind):
+    """Packed, which builds no mask, such a model sees all of a document; shorter documents do not tell."""
+    experts = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = tiny(kind, sliding_window=16, **experts)
+    assert prepare_packing(model, CPU, VOCAB, longest=16) == NAME
+    model = tiny(kind, sliding_window=16, **experts)
+    try:
+        assert prepare_packing(model, CPU, VOCAB, longest=17) != NAME
+    except NotIsolated:
+        return
+    ids = torch.randint(VOCAB, (1, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        packed, padded = packed_logits(model, ids, [40])[0], model(input_ids=ids, use_cache=False).logits[0]
+    torch.testing.assert_close(packed, padded, rtol=1e-4, atol=1e-4)

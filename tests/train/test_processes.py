@@ -28,15 +28,15 @@ def launch(processes: int, *command: object, **environment: str) -> subprocess.C
     return subprocess.run(whole, capture_output=True, text=True, timeout=300, env=environment)
 
 
-def train(recipe, tmp_path: Path, processes: int) -> subprocess.CompletedProcess[str]:
+def train(recipe, tmp_path: Path, processes: int, *options: str) -> subprocess.CompletedProcess[str]:
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(recipe))
-    return launch(processes, "qlora_cli", "train", path)
+    return launch(processes, "qlora_cli", "train", path, *options)
 
 
 def test_two_processes_equal_one_with_the_same_global_batch(make_recipe, rows_file, heldout_file, tmp_path):
     """Five rows per step of one process cannot be dealt evenly; twelve rows leave a last window of two."""
-    settings = {"max_steps": 6, "save_steps": 4, "learning_rate": 5e-3}
+    settings = {"max_steps": 6, "save_steps": 3, "learning_rate": 5e-3}
     data = {"train": [{"path": str(rows_file)}], "eval": [{"path": str(heldout_file)}]}
     alone = make_recipe(
         training={**settings, "micro_batch_size": 10, "gradient_accumulation_steps": 1},
@@ -66,6 +66,13 @@ def test_two_processes_equal_one_with_the_same_global_batch(make_recipe, rows_fi
         assert theirs[name] == pytest.approx(ours[name], rel=1e-5)
     state = json.loads((tmp_path / "two" / "checkpoints" / "step-000006" / "state.json").read_text())
     assert state["processes"] == 2
+    halves = pair.model_copy(update={"output_dir": str(tmp_path / "halves")})
+    assert train(halves, tmp_path, 2, "--max-steps", "3").returncode == 0
+    assert not (tmp_path / "halves" / "adapter").exists()
+    assert train(halves, tmp_path, 2).returncode == 0
+    for name in ("adapter/adapter_model.safetensors", "checkpoints/step-000006/optimizer.safetensors"):
+        stopped, whole = ((tmp_path / run / name).read_bytes() for run in ("halves", "two"))
+        assert stopped == whole, f"a resumed run of two processes has another {name}"
     again = train(pair, tmp_path, processes=2)  # a finished run ends at once, on both processes
     assert again.returncode == 0, again.stderr
     assert "this run has finished" in again.stderr
