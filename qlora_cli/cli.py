@@ -105,7 +105,7 @@ def validate(recipe: RecipePath, overrides: Overrides = None, as_json: AsJson = 
     if as_json:
         print_json({"problems": [], "recipe": checked.model_dump(by_alias=True)})
     else:
-        print(f"{recipe}: valid")
+        print(f"{recipe}: valid (its keys; `qlora preview` looks at the data, `qlora train` at the model)")
 
 
 @app.command()

@@ -53,7 +53,8 @@ def train(
         claim(run, recipe, recipe_text)
         check_resume(run, resume)
         if run.adapter.exists():
-            report.say(f"done     {run.adapter} is there already: this run has finished")
+            report.say(f"done     {run.adapter} is there already: this run has finished, and no data was looked at")
+            report.say("         to train anew, set another output_dir")
             return run.adapter
         return loop.train(recipe, run, report, pause_at, resume)
 

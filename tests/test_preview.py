@@ -176,7 +176,7 @@ def test_rows_beyond_the_models_positions_are_told(make_recipe):
     long.write_text(json.dumps(conversation("q" * 600, "a")) + "\n")
     recipe = make_recipe(data={"train": [{"path": str(long)}], "max_length": 1000})
     (note,) = preview(recipe, QuietReport(), "train", None, None)["notes"]
-    assert note.endswith("tokens, the model 512 positions: training will refuse it")
+    assert note.endswith("tokens, the model 512 positions: training will refuse 1 example")
 
 
 # ── tables ───────────────────────────────────────────────────────────────────────────────────────────────────────────

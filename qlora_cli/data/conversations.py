@@ -76,12 +76,14 @@ class Conversation:
     trained: one per message, True only for an assistant's; given empty, every assistant's message is trained.
     tools:   JSON-schema functions as the templates of transformers take them, or None.
     plain:   its text where there is no template, or None where nobody has defined one.
+    marked:  the index of the first assistant's message that is marked as not trained, or None.
     """
 
     messages: list[Message]
     trained: tuple[bool, ...] = ()
     tools: list[dict[str, Any]] | None = None
     plain: Plain | None = None
+    marked: int | None = None
 
     def __post_init__(self) -> None:
         answers = tuple(message["role"] == "assistant" for message in self.messages)
@@ -147,7 +149,7 @@ def _turns(row: Row, column: str, where: str) -> list[Any]:
 def _conversation(row: Row, turns: Sequence[Any], where: str, num_prompt: int = 0) -> Conversation:
     """The turns, checked; of the first `num_prompt` none is trained."""
     _refuse_unread(row, _UNREAD_COLUMNS, where)
-    read, trained = [], []
+    read, trained, marked = [], [], None
     for number, turn in enumerate(turns, 1):
         place = f"{where}: message {number}"
         message = _message(turn, place)
@@ -156,6 +158,8 @@ def _conversation(row: Row, turns: Sequence[Any], where: str, num_prompt: int = 
             raise UserError(place, "is marked as trained, but stands in the prompt", "move it to the completion")
         read.append(message)
         trained.append(message["role"] == "assistant" and (number > num_prompt if flag is None else flag))
+        if message["role"] == "assistant" and flag is False and marked is None:
+            marked = number - 1
     if not any(message["role"] == "assistant" for message in read):
         raise UserError(where, "has no assistant's message, so nothing to train", "add the answer or remove the row")
     if read[-1]["role"] != "assistant":
@@ -168,7 +172,8 @@ def _conversation(row: Row, turns: Sequence[Any], where: str, num_prompt: int = 
         raise UserError(where, "has a system column and another system message", "keep one of them")
     if text and read[0]["role"] != "system":
         read, trained = [system(text), *read], [False, *trained]
-    return Conversation(read, tuple(trained), tools_of(row, where))
+        marked = None if marked is None else marked + 1
+    return Conversation(read, tuple(trained), tools_of(row, where), marked=marked)
 
 
 def _as_message(turn: Any, where: str) -> Any:

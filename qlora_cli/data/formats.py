@@ -215,7 +215,7 @@ def choose_format(row: Row, where: str) -> str:
     fit = fitting(row)
     if not fit:
         known = "; ".join(f"{name}: {format}" for name, format in FORMATS.items())
-        todo = f"rename the columns to those of a format ({known})"
+        todo = f"give the source a template, or rename the columns to those of a format ({known})"
         raise UserError(where, f"no format fits the columns {_columns(row)}", todo)
     if len(fit) > 1:
         what = f"the columns {_columns(row)} fit {' and '.join(fit)}"
@@ -229,16 +229,17 @@ def check_row(name: str, auto: bool, row: Row, where: str) -> None:
     """Raises UserError where the row lacks a column of the format, or with `auto` would choose another one."""
     format = FORMATS[name]
     fit = fitting(row)
-    if auto and fit != [name]:
-        what = f"the columns {_columns(row)} fit {' and '.join(fit) or 'no format'}, the first row's fit {name}"
+    if auto and fit and fit != [name]:
+        what = f"the columns {_columns(row)} fit {' and '.join(fit)}, the first row's fit {name}"
         raise UserError(where, what, "set the format of the source, or give all rows the same columns")
+    if not format.explained(_found(row)):
+        missing = " or ".join(" and ".join(_missing(columns, row)) for columns in format.one_of)
+        what = f"no column {missing} for the format {name} (null counts as none), found {_columns(row)}"
+        todo = f"set format: {' or '.join(fit)}" if fit else "fill it in, or set data.on_bad_row: skip"
+        raise UserError(where, what, todo)
     if auto:
         _refuse_dialogue(name, row, where)
     _refuse_unread(name, row, where)
-    if not format.explained(_found(row)):
-        missing = " or ".join(" and ".join(_missing(columns, row)) for columns in format.one_of)
-        what = f"no column {missing} for the format {name}, found {_columns(row)}"
-        raise UserError(where, what, f"set format: {' or '.join(fit)}" if fit else "rename the columns")
 
 
 def fitting(row: Row) -> list[str]:

@@ -77,6 +77,11 @@ def render_row(content: Conversation | Plain, chat: Chat, where: str) -> list[Re
     if isinstance(content, Plain):
         return [_verbatim(content, chat, where)]
     _check_control(content, chat, where)
+    if content.marked is not None and chat.settings.train_on == "all":
+        what = f"{_name(content.messages[content.marked], content.marked + 1)} is marked as not trained"
+        raise UserError(
+            where, what, "set data.train_on to completion, since all trains every token, or remove the mark"
+        )
     if chat.compiled is not None:
         return _conversation(content, chat, where)
     if content.plain is None:
@@ -265,7 +270,7 @@ def _span(proof: Proof, content: Conversation, index: int, chat: Chat) -> Span:
     found = [(at, -len(stop)) for stop in chat.settings.stops if (at := text.find(stop, own_end, limit)) >= 0]
     if not found:
         stops = " or ".join(map(repr, chat.settings.stops))
-        raise chat.refused(f"writes no end-of-turn token ({stops}) behind {name}", proof.where)
+        raise chat.refused(f"writes no end-of-turn token of the tokenizer ({stops}) behind {name}", proof.where)
     at, minus_length = min(found)  # the longer of two at one place
     return start, at - minus_length
 

@@ -194,26 +194,33 @@ def _reader(task: Task, job: Job) -> Any:
             return FORMATS[task.format].read(row, where)
 
         return read
-    return _templated(task.template, job)
+    return _templated(task.template, job, task.places[0])
 
 
-def _templated(template: Template, job: Job) -> Any:
-    """The reader of a source's own two Jinja strings. Raises UserError where they are no Jinja."""
-    try:
-        with cpu_limit(job.row_seconds):
-            parts = [compile_row_template(template[name]) for name in ("prompt", "completion")]
-    except TEMPLATE_ERRORS as error:
-        raise UserError("template of the data source", f"is no valid Jinja: {error}", "correct it") from error
+def _templated(template: Template, job: Job, place: str) -> Any:
+    """The reader of a source's own two Jinja strings. Raises UserError at `place` where they are no Jinja."""
+    parts = {}
+    for name in ("prompt", "completion"):
+        try:
+            with cpu_limit(job.row_seconds):
+                parts[name] = compile_row_template(template[name])
+        except TEMPLATE_ERRORS as error:
+            what = f"template.{name} of its data source is no valid Jinja: {error}"
+            raise UserError(place, what, "correct it in the recipe") from error
 
     def read(row: Row, where: str) -> Conversation | Plain:
-        try:
-            prompt, completion = (part(row) for part in parts)
-        except TEMPLATE_ERRORS as error:
-            what = f"the source's template stops with: {error}; the row has {', '.join(row) or 'no columns'}"
-            raise UserError(where, what, "correct the template, or the row") from error
+        texts = {}
+        for name, part in parts.items():
+            try:
+                texts[name] = part(row)
+            except TEMPLATE_ERRORS as error:
+                found = ", ".join(row) or "no columns"
+                what = f"template.{name} of its data source stops with: {error}; the row has {found}"
+                raise UserError(where, what, "correct the template in the recipe, or the row") from error
         if template["chat"]:
-            return Conversation([user(prompt), assistant(completion)], plain=Plain.of(prompt, completion))
-        return Plain.of(prompt, completion)
+            turns = [user(texts["prompt"]), assistant(texts["completion"])]
+            return Conversation(turns, plain=Plain.of(texts["prompt"], texts["completion"]))
+        return Plain.of(texts["prompt"], texts["completion"])
 
     return read
 

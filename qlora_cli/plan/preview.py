@@ -10,6 +10,7 @@ from typing import Any
 from qlora_cli.data.examples import Examples
 from qlora_cli.data.prepare import Unfit
 from qlora_cli.data.rows import Role, count
+from qlora_cli.data.sources import resolve
 from qlora_cli.data.statistics import Statistics, statistics
 from qlora_cli.data.stream import BLOCK
 from qlora_cli.data.view import row_of, shown, special_ids
@@ -17,7 +18,7 @@ from qlora_cli.errors import UserError
 from qlora_cli.model.base import Found, find_base
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
-from qlora_cli.train.reading import load_role, order_of
+from qlora_cli.train.reading import load_role, order_of, refuse_trained_on
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, date_of
 
@@ -52,7 +53,12 @@ def preview(recipe: Recipe, report: Report, role: Role, row: int | None, limit: 
         "sources": [{**asdict(source), "path": from_here(source.path)} for source in examples.sources],
         "statistics": asdict(told),
         "summary": told.words(),
-        "notes": [*(beginnings(recipe) if streamed else []), *examples.losses(), *beyond_context(found, told)],
+        "notes": [
+            *(beginnings(recipe) if streamed else []),
+            *(seen(recipe, examples) if role == "eval" else []),
+            *examples.losses(),
+            *beyond_context(found, examples, told),
+        ],
         "rows": [{**row, "where": from_here(row["where"])} for row in rows],
         "whole": row is not None,
     }
@@ -93,15 +99,28 @@ def from_here(where: str) -> str:
     return where.removeprefix(os.path.join(os.getcwd(), ""))
 
 
+def seen(recipe: Recipe, examples: Examples) -> list[str]:
+    """That held-out files are trained on, which training refuses."""
+    parts = [part for source in recipe.data.train for part in resolve(source, "train").parts]
+    try:
+        if not recipe.data.eval_fraction:
+            refuse_trained_on(parts, examples)
+    except UserError as error:
+        return [f"training will refuse this: {error}"]
+    return []
+
+
 def beginnings(recipe: Recipe) -> list[str]:
     """That of streams no more was read than their beginnings."""
     steps = count(recipe.training.max_steps or 0, "step")
     return [f"the first {BLOCK:,} rows of each source at most: it is streamed, and training reads on for {steps}"]
 
 
-def beyond_context(found: Found, told: Statistics) -> list[str]:
+def beyond_context(found: Found, examples: Examples, told: Statistics) -> list[str]:
     """What training will refuse: an example of more tokens than the model has positions."""
     context, longest = found.context, told.lengths.most
     if not context or longest <= context:
         return []
-    return [f"the longest example has {longest:,} tokens, the model {context:,} positions: training will refuse it"]
+    longer = count(int((examples.lengths > context).sum()), "example")
+    what = f"the longest example has {longest:,} tokens, the model {context:,} positions"
+    return [f"{what}: training will refuse {longer}"]

@@ -69,6 +69,7 @@ def take_steps(session: Session, last_step: int) -> None:
             if session.step == last_step or code or session.step % training.save_steps == 0:
                 save(session)
             if code:
+                session.report.say(f"stopped  behind step {session.step}, which is saved; the same command goes on")
                 raise Interrupted(code)
 
 

@@ -135,7 +135,10 @@ def differences(before: Any, now: Any, place: str = "") -> list[str]:
         return [
             line for key in keys for line in differences(before.get(key), now.get(key), f"{place}.{key}".lstrip("."))
         ]
-    return [f"{place} is {before!r} there, {now!r} here"]
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        pairs = enumerate(zip(before, now, strict=True))
+        return [line for at, pair in pairs for line in differences(*pair, f"{place}[{at}]")]
+    return [f"{place} is {json.dumps(before, default=str)} there, {json.dumps(now, default=str)} here"]
 
 
 def check_resume(run: Run, resume: str) -> None:

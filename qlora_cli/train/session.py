@@ -88,7 +88,9 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     say_layout(report, recipe, feed, packed)
     session = Session(recipe, run, report, accelerator, base, model, optimizer, feed, eval_set, packed, steps)
     if accelerator.is_main_process:
-        write_facts(run, run_facts(recipe, base, base_digest, feed, today))
+        say_if_held_out_changed(run, eval_set, report)
+        facts = run_facts(recipe, base, base_digest, feed, today)
+        write_facts(run, {**facts, "held_out": eval_set.digest})
     restore(session, resume)
     check_agreement(session, base_digest)
     seed_processes(session)
@@ -101,6 +103,12 @@ def say_base(report: Report, recipe: Recipe, base: Base) -> None:
     report.say(f"base     {recipe.model.name_or_path}  {base.summary}")
     if base.note:
         report.say(f"note     {base.note}")
+
+
+def say_if_held_out_changed(run: Run, eval_set: Examples, report: Report) -> None:
+    """Tells where a continued run measures other rows than it did before."""
+    if (read_facts(run) or {}).get("held_out", eval_set.digest) != eval_set.digest:
+        report.say("note     the held-out rows have changed since this run began: compare no loss with earlier ones")
 
 
 def build_accelerator(recipe: Recipe, run: Run) -> Any:

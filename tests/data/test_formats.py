@@ -259,7 +259,7 @@ def test_a_dialogue_is_not_taken_for_plain_text(row: dict[str, Any], formats: st
 
 def test_auto_checks_every_row() -> None:
     assert check_refusal("text", True, {"body": "x"}).startswith(
-        "data.jsonl:2: the columns 'body' fit no format, the first row's fit text"
+        "data.jsonl:2: no column text for the format text (null counts as none), found 'body'. Fill it in, or set"
     )
     assert "fit question_answer, the first row's fit text" in check_refusal(
         "text", True, {**SAMPLES["question_answer"], "text": "x"}
@@ -269,10 +269,12 @@ def test_auto_checks_every_row() -> None:
 def test_a_missing_column_names_those_found_and_the_formats_that_fit() -> None:
     message = check_refusal("alpaca", False, SAMPLES["question_answer"])
     assert message.startswith(
-        "data.jsonl:2: no column instruction and output for the format alpaca, found 'question', 'answer'."
+        "data.jsonl:2: no column instruction and output for the format alpaca (null counts as none), found 'question',"
     )
     assert message.endswith("Set format: question_answer.")
-    assert "the format text, found 'body'. Rename the columns" in check_refusal("text", False, {"body": "x"})
+    assert "the format text (null counts as none), found 'body'. Fill it in" in check_refusal(
+        "text", False, {"body": "x"}
+    )
     assert "no column article and highlights or dialogue for the format summarisation" in check_refusal(
         "summarisation", False, {"summary": "x", "document": None}
     ).replace("document or ", "")

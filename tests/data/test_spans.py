@@ -8,7 +8,7 @@ from tiny_tokenizer import CHATML, chat_with, tiny_chat, tiny_tokenizer
 
 from qlora_cli.data import spans as module
 from qlora_cli.data.chat import Chat
-from qlora_cli.data.conversations import Conversation, Message, Plain, assistant, system, user
+from qlora_cli.data.conversations import Conversation, Message, Plain, assistant, messages, system, user
 from qlora_cli.data.spans import render_row
 from qlora_cli.errors import UserError
 
@@ -220,7 +220,10 @@ def test_reasoning_that_a_template_never_writes_is_refused_where_it_is_trained()
 # ── what is lost ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 REFUSED: dict[str, tuple[str, str]] = {
-    "no stop token": (LOOP.replace("</s>", "\n") + GENERATION, "writes no end-of-turn token ('</s>' or '<|im_end|>')"),
+    "no stop token": (
+        LOOP.replace("</s>", "\n") + GENERATION,
+        "writes no end-of-turn token of the tokenizer ('</s>' or '<|im_end|>')",
+    ),
     "dropped text": (
         LOOP.replace("{{ m.content }}", "{% if m.role != 'user' %}{{ m.content }}{% endif %}"),
         "drops the text of message 1 (user)",
@@ -329,3 +332,17 @@ def test_control_tokens_in_keys_are_refused() -> None:
     tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
     content = Conversation([user("a"), assistant("b")], tools=tools)
     assert "a tool holds the control token '<|im_end|>'" in refusal("{{ tools | tojson }}" + CHATML, content)
+
+
+def test_an_answer_that_is_marked_as_not_trained_contradicts_training_all() -> None:
+    rows = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "train": False}]
+    rows += [{"role": "user", "content": "c"}, {"role": "assistant", "content": "d"}]
+    for extra in ({}, {"system": "be brief"}):
+        content = messages({"messages": rows, **extra}, "data.jsonl:7")
+        number = 2 + len(extra)
+        assert f"message {number} (assistant) is marked as not trained. Set data.train_on to completion" in refusal(
+            CHATML, content, train_on="all"
+        )
+        assert spans_of(CHATML, content) == ["d<|im_end|>"]
+    user_only = [{**rows[0], "train": False}, *rows[2:]]
+    assert len(rows_of(CHATML, messages({"messages": user_only[:1] + rows[3:]}, "a"), train_on="all")) == 1

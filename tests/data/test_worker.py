@@ -82,12 +82,13 @@ def test_a_sources_template_is_read_with_all_columns() -> None:
 def test_a_sources_template_that_stops_names_the_columns() -> None:
     template = {"prompt": "{{ quesion }}", "completion": "{{ answer }}", "chat": True}
     ((_, where, what, todo),) = prepared([SHORT], template=template).bad
-    assert (where, todo) == ("a:1", "correct the template, or the row")
-    assert what == "the source's template stops with: 'quesion' is undefined; the row has question, answer"
+    assert (where, todo) == ("a:1", "correct the template in the recipe, or the row")
+    stopped = "template.prompt of its data source stops with: 'quesion' is undefined"
+    assert what == f"{stopped}; the row has question, answer"
 
 
 def test_a_sources_template_that_is_no_jinja_is_refused() -> None:
-    with pytest.raises(UserError, match="template of the data source: is no valid Jinja: unexpected '%'"):
+    with pytest.raises(UserError, match=r"a:1: template\.prompt of its data source is no valid Jinja: unexpected '%'"):
         prepared([SHORT], template={"prompt": "{% if %", "completion": "", "chat": True})
 
 
@@ -156,7 +157,7 @@ def test_every_task_is_answered_until_the_input_ends(monkeypatch: pytest.MonkeyP
     )
     assert ready == {"ready": True}
     assert [len(header["examples"]) for header in (first, last)] == [1, 0]
-    assert broken["error"][0] == "template of the data source"
+    assert broken["error"][1].startswith("template.prompt of its data source is no valid Jinja")
 
 
 def test_a_template_that_is_no_jinja_is_answered_once(monkeypatch: pytest.MonkeyPatch) -> None:

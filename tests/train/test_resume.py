@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -144,6 +145,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(tiny_model, rows_file, tmp
     _, told = process.communicate(timeout=60)
     assert process.returncode == code
     assert "finishing this step and saving" in told
+    assert re.search(r"stopped  behind step [34], which is saved; the same command goes on", told)
     assert "Traceback" not in told
     assert [path.name for path in checkpoints(run / "checkpoints")] in (["step-000003"], ["step-000004"])
 
@@ -154,6 +156,31 @@ def test_a_finished_run_is_left_alone(uninterrupted, tiny_model, rows_file):
     train(hard_recipe(tiny_model, rows_file, uninterrupted))
     assert time.perf_counter() - started < 5
     assert (uninterrupted / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == before
+
+
+def test_held_out_rows_that_change_between_two_parts_of_a_run_are_told(tiny_model, rows_file, tmp_path):
+    """The losses before and after would stand in one curve."""
+    held_out = tmp_path / "heldout.jsonl"
+    held_out.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:4]))
+    recipe = hard_recipe(tiny_model, rows_file, tmp_path / "run")
+    values = recipe.model_dump(by_alias=True)
+    values["data"]["eval"] = [{"path": str(held_out)}]
+    recipe = recipe.model_validate(values)
+    told: list[str] = []
+
+    class Told(QuietReport):
+        def say(self, text: str) -> None:
+            told.append(text)
+
+    def go_on(pause_at: int | None) -> bool:
+        told.clear()
+        commands.train(recipe, b"", Told(), main_process=True, resume="auto", pause_at=pause_at)
+        return any("the held-out rows have changed since this run began" in line for line in told)
+
+    assert not go_on(1)
+    assert not go_on(2)
+    held_out.write_text("".join(rows_file.read_text().splitlines(keepends=True)[:3]))
+    assert go_on(None)
 
 
 def test_only_the_newest_checkpoints_are_kept(uninterrupted):

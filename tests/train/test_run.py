@@ -100,3 +100,12 @@ def test_metrics_after_the_resumed_step_are_measured_again(tmp_path):
         file.write('{"step": 4, "lo')  # torn by a crash
     metrics_until(run, 2)
     assert [json.loads(line)["step"] for line in run.metrics.read_text().splitlines()] == [1, 2]
+
+
+def test_another_data_source_is_told_by_the_key_that_differs():
+    before = {"data": {"train": [{"path": "a", "weight": 1}, {"path": "b"}]}, "training": {"deterministic": True}}
+    now = {"data": {"train": [{"path": "a", "weight": 2}, {"path": "b"}]}, "training": {"deterministic": False}}
+    assert differences(before, now) == [
+        "data.train[0].weight is 1 there, 2 here",
+        "training.deterministic is true there, false here",
+    ]
