@@ -17,25 +17,14 @@ template that drops the reasoning of earlier turns shows every answer's own reas
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 from qlora_cli.data.chat import Chat
-from qlora_cli.data.conversations import Conversation, Message, Plain
-from qlora_cli.data.marks import (
-    FIRST_MARK,
-    MARKS,
-    REPEATABLE,
-    Leaf,
-    Marker,
-    Span,
-    spellings,
-    texts_of,
-    variants,
-    words_in,
-)
+from qlora_cli.data.conversations import Conversation, Plain
+from qlora_cli.data.locate import Proof, locate, name_of
+from qlora_cli.data.marks import Span, texts_of, words_in
 from qlora_cli.errors import UserError
 
 MOST_CHARACTERS = 10_000_000
@@ -58,27 +47,13 @@ class Rendered:
     whole: bool = False
 
 
-@dataclass(slots=True)
-class Proof:
-    """What is known of one rendering: its text, and each leaf's place."""
-
-    messages: list[Message]
-    where: str
-    text: str = ""
-    leaves: list[Leaf] = field(default_factory=list)
-
-    def of(self, message: int) -> list[Span]:
-        """Where the texts of a message stand."""
-        return [leaf.at for leaf in self.leaves if leaf.owner == message and leaf.at]
-
-
 def render_row(content: Conversation | Plain, chat: Chat, where: str) -> list[Rendered]:
     """The row as one text, or as one for each of its answers. Raises UserError at `where` where they are not proven."""
     if isinstance(content, Plain):
         return [_verbatim(content, chat, where)]
     _check_control(content, chat, where)
     if content.marked is not None and chat.settings.train_on == "all":
-        what = f"{_name(content.messages[content.marked], content.marked + 1)} is marked as not trained"
+        what = f"{name_of(content.messages[content.marked], content.marked + 1)} is marked as not trained"
         raise UserError(
             where, what, "set data.train_on to completion, since all trains every token, or remove the mark"
         )
@@ -92,13 +67,19 @@ def render_row(content: Conversation | Plain, chat: Chat, where: str) -> list[Re
 
 def _check_control(content: Conversation, chat: Chat, where: str) -> None:
     """Refuses a text that holds a control token: within a message or a tool it would end or begin a turn."""
-    messages = [*enumerate(content.messages, 1)]
-    texts = [(f"{kind} of {_name(turn, number)}", text) for number, turn in messages for kind, text in texts_of(turn)]
-    texts += [(f"a name of {_name(turn, number)}", text) for number, turn in messages for text in words_in(turn)]
-    for name, text in (*texts, *(("a tool", text) for text in words_in(content.tools))):
+    for name, text in _control_places(content):
         if found := chat.control.search(text):
             what = f"{name} holds the control token {found[0]!r}, which would act as one"
             raise UserError(where, what, "remove it from the text, or use prompt_completion, which is verbatim")
+
+
+def _control_places(content: Conversation) -> Iterator[tuple[str, str]]:
+    """Every text of the row that a template may write, keys among them, with its name."""
+    for number, turn in enumerate(content.messages, 1):
+        yield from ((f"{kind} of {name_of(turn, number)}", text) for kind, text in texts_of(turn))
+        if len(turn) > len(("role", "content")):
+            yield from ((f"a name of {name_of(turn, number)}", text) for text in words_in(turn))
+    yield from (("a tool", text) for text in words_in(content.tools))
 
 
 def _verbatim(plain: Plain, chat: Chat, where: str) -> Rendered:
@@ -164,93 +145,11 @@ def _proven(content: Conversation, wanted: Sequence[int], chat: Chat, where: str
     messages = content.messages
     proof = Proof(messages, where, chat.render(messages, where, content.tools))
     _check_length(proof.text, where)
-    _locate(proof, content, wanted, chat)
+    locate(proof, content, wanted, chat)
     if chat.settings.train_on == "all":
         return Rendered(where, proof.text, ((0, len(proof.text)),), templated=True, whole=True)
     spans = [_span(proof, content, index, chat) for index in wanted]
     return Rendered(where, proof.text, tuple(spans), templated=True)
-
-
-# ── where each text stands ───────────────────────────────────────────────────────────────────────────────────────────
-
-
-def _locate(proof: Proof, content: Conversation, wanted: Sequence[int], chat: Chat) -> None:
-    """Finds every leaf in the rendering. Raises UserError where one is lost, doubled, moved or rewritten."""
-    marker = Marker(proof.where)
-    tools = marker.tools(content.tools)
-    messages = [marker.message(message, index) for index, message in enumerate(content.messages)]
-    marked = chat.render(messages, proof.where, tools)
-    if MARKS.sub("", marked) != proof.text:
-        raise chat.refused("rewrites the texts of the row", proof.where)
-    places: dict[int, list[int]] = {}
-    for before, match in enumerate(MARKS.finditer(marked)):
-        places.setdefault(ord(match[0]) - FIRST_MARK, []).append(match.start() - before)
-    behind = 0  # the end of what was found of the messages before
-    for number, leaf in enumerate(marker.leaves):
-        begins, ends = places.get(2 * number, []), places.get(2 * number + 1, [])
-        if not begins or not ends:
-            _refuse_lost(leaf, proof, wanted, chat)
-            proof.leaves.append(leaf)
-            continue
-        if leaf.kind not in REPEATABLE and (len(begins) > 1 or len(ends) > 1):
-            raise chat.refused(f"repeats {_described(leaf, proof)}", proof.where)
-        found = replace(leaf, at=(begins[0], ends[0]))
-        if proof.text[begins[0] : ends[0]] not in spellings(leaf):
-            raise chat.refused(f"rewrites {_described(leaf, proof)}", proof.where)
-        proof.leaves.append(found)
-    for index in range(len(content.messages)):
-        spans = proof.of(index)
-        if any(begin < behind for begin, _ in spans):
-            raise chat.refused(f"moves {_name(content.messages[index], index + 1)}", proof.where)
-        behind = max([behind, *(end for _, end in spans)])
-    _check_calls(proof, content, chat)
-    _check_tools(proof, content, chat)
-
-
-def _refuse_lost(leaf: Leaf, proof: Proof, wanted: Sequence[int], chat: Chat) -> None:
-    """Raises UserError for a text that the template drops, unless it is the reasoning of an answer not trained here.
-
-    The model does not see that one either when it is used.
-    """
-    if leaf.kind == "the reasoning" and leaf.owner not in wanted and chat.settings.train_on != "all":
-        return
-    raise chat.refused(f"drops {_described(leaf, proof)}", proof.where)
-
-
-def _check_calls(proof: Proof, content: Conversation, chat: Chat) -> None:
-    """Refuses a template that drops a key of a tool call's arguments, or a value without a text (a number, ...).
-
-    Marks cannot show these; with another key, or without the value, the rendering must change.
-    """
-    for index, message in enumerate(content.messages):
-        for number, call in enumerate(message.get("tool_calls", ())):
-            for arguments in variants(call["function"]["arguments"]):
-                calls = list(message["tool_calls"])
-                calls[number] = {**call, "function": {**call["function"], "arguments": arguments}}
-                others = [*content.messages]
-                others[index] = {**message, "tool_calls": calls}
-                if _renders_alike(proof, others, content.tools, chat):
-                    raise chat.refused(f"drops a tool call's arguments of {_name(message, index + 1)}", proof.where)
-
-
-def _check_tools(proof: Proof, content: Conversation, chat: Chat) -> None:
-    """Refuses a template that drops the parameters of a tool: without them the rendering must change."""
-    for number, tool in enumerate(content.tools or ()):
-        if tool["function"].get("parameters"):
-            tools = [*(content.tools or ())]
-            tools[number] = {**tool, "function": {**tool["function"], "parameters": {}}}
-            if _renders_alike(proof, content.messages, tools, chat):
-                raise chat.refused(f"drops the parameters of a tool ({tool['function']['name']!r})", proof.where)
-
-
-def _renders_alike(proof: Proof, messages: list[Message], tools: list[dict[str, Any]] | None, chat: Chat) -> bool:
-    """Whether other messages or tools are rendered as the row itself; where they cannot be, they are read."""
-    try:
-        return chat.render(messages, proof.where, tools) == proof.text
-    except UserError as error:
-        if isinstance(error.__cause__, MemoryError):
-            raise
-        return False
 
 
 # ── where an answer begins and ends ──────────────────────────────────────────────────────────────────────────────────
@@ -259,7 +158,7 @@ def _renders_alike(proof: Proof, messages: list[Message], tools: list[dict[str, 
 def _span(proof: Proof, content: Conversation, index: int, chat: Chat) -> Span:
     """The characters of the answer at `index`, from the end of its prompt to behind its stop token."""
     message, text = content.messages[index], proof.text
-    name = _name(message, index + 1)
+    name = name_of(message, index + 1)
     start = _start(proof, content, index, chat)
     before = max((end for earlier in range(index) for _, end in proof.of(earlier)), default=0)
     own = proof.of(index)
@@ -282,7 +181,7 @@ def _start(proof: Proof, content: Conversation, index: int, chat: Chat) -> int:
         raise UserError(proof.where, what, "put a user's message before it")
     prompt = chat.render(content.messages[:index], proof.where, content.tools, add_generation_prompt=True)
     if not proof.text.startswith(prompt):
-        name = _name(content.messages[index], index + 1)
+        name = name_of(content.messages[index], index + 1)
         raise chat.refused(f"renders the prompt of {name} differently within the whole conversation", proof.where)
     return len(prompt)
 
@@ -298,7 +197,7 @@ def _limit(proof: Proof, content: Conversation, index: int, chat: Chat) -> int:
         return min(begin for begin, _ in following)
     part = chat.render(content.messages[: index + 1], proof.where, content.tools)
     if not proof.text.startswith(part):
-        name = _name(content.messages[index + 1], index + 2)
+        name = name_of(content.messages[index + 1], index + 2)
         raise chat.refused(f"does not show where {name}, which is empty, begins", proof.where)
     return len(part)
 
@@ -308,15 +207,3 @@ def _check_length(text: str, where: str) -> None:
     if len(text) > MOST_CHARACTERS:
         what = f"the row has {len(text):,} characters, more than {MOST_CHARACTERS:,}"
         raise UserError(where, what, "split the row, or remove it")
-
-
-def _described(leaf: Leaf, proof: Proof) -> str:
-    """A leaf in words: 'the reasoning of message 2 (assistant)'."""
-    if leaf.owner < 0:
-        return f"{leaf.kind} ({leaf.text[:40]!r})"
-    return f"{leaf.kind} of {_name(proof.messages[leaf.owner], leaf.owner + 1)}"
-
-
-def _name(message: Message, number: int) -> str:
-    """A message in words: 'message 2 (assistant)'."""
-    return f"message {number} ({message['role']})"

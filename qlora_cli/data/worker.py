@@ -128,11 +128,12 @@ def _rendered(
 ) -> tuple[list[int], list[Rendered], Counter[str]]:
     """The texts of the rows that can be rendered, each with its row's index; the others are put into `bad`.
 
-    With them: in how many rows each character stands.
+    With them: in how many rows each character stands, where it may be one that the tokenizer cannot write.
     """
     indices: list[int] = []
     rendered: list[Rendered] = []
     characters: Counter[str] = Counter()
+    spells_ascii = not unspelled(map(chr, range(128)), chat.tokenizer, job.settings.unk_id)
     read = _reader(task, job)
     for index, (row, where) in enumerate(zip(task.rows, task.places, strict=True)):
         try:
@@ -147,7 +148,8 @@ def _rendered(
             bad[index] = UserError(where, f"the template asks for a file: {error}", "change the template")
             continue
         tally["num_split"] += len(texts) > 1
-        characters.update(set().union(*(text.text for text in texts)))
+        if not (spells_ascii and all(text.text.isascii() for text in texts)):  # else there is nothing to lose
+            characters.update(set().union(*(text.text for text in texts)))
         indices += [index] * len(texts)
         rendered += texts
     return indices, rendered, characters
