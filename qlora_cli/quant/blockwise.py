@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qlora_cli.quant.bits import pack, unpack
 from qlora_cli.quant.codebooks import Levels
-from qlora_cli.quant.scales import ScaleRule, Scales
+from qlora_cli.quant.rounding import nearest
+from qlora_cli.quant.scales import RangeRule, ScaleRule, Scales, absmax
 
 CHUNK = 2**18
 """Weights that are quantised at once: what is computed on the way stays in the processor's cache."""
@@ -22,14 +23,14 @@ CHUNK = 2**18
 class Code:
     """How the weights of a block are stored.
 
-    bits: of a code; levels: by code. scale: how a block's scale is found.
-    zero_point: weights are (level - zero point) · scale, with levels 0, ..., 2^bits - 1 and `scale` over the range.
+    bits: of a code; levels: by code. scale: the rule for a block's scale.
+    range: with it weights are (level - zero point) · scale over this range; levels are 0, ..., 2^bits - 1.
     """
 
     bits: int
     levels: Levels
-    scale: ScaleRule
-    zero_point: bool = False
+    scale: ScaleRule = absmax
+    range: RangeRule | None = None
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ def quantize(weight: Tensor, code: Code, block_size: int, double_quant: bool, ex
     """
     assert weight.numel() % block_size == 0, "whole blocks"
     blocks = weight.detach().reshape(-1, block_size)
-    rows = max(1, CHUNK // block_size)
-    if code.zero_point:
-        return _quantize_range(blocks, code, double_quant, rows)
+    if code.range is not None:
+        return _quantize_range(blocks, code, code.range, double_quant)
+    rows = _rows(blocks)
     found = torch.cat([code.scale(part.float(), code.levels) for part in blocks.split(rows)])
     scales = Scales.of(found, double_quant)
     inverse = _inverse(found if exact else scales.restored())
@@ -73,20 +74,9 @@ def dequantize(packed: Packed, code: Code, shape: torch.Size, dtype: torch.dtype
     return (units * scale).to(dtype).reshape(shape)
 
 
-def nearest(scaled: Tensor, levels: Levels) -> Tensor:
-    """Codes (uint8, same shape) of the levels nearest to fp32 values; halfway the lower one, as in bitsandbytes."""
-    order = sorted(range(len(levels)), key=levels.__getitem__)  # stable: FP4 has two zeros
-    ascending = torch.tensor([levels[at] for at in order], device=scaled.device)
-    bounds = (ascending[1:] + ascending[:-1]) / 2
-    if len(order) > 16:
-        found = torch.bucketize(scaled, bounds, out_int32=True).to(torch.uint8)
-    else:  # four times as fast
-        found = torch.zeros(scaled.shape, dtype=torch.uint8, device=scaled.device)
-        for bound in bounds:
-            found += scaled > bound
-    if order == [*range(len(order))]:
-        return found
-    return torch.tensor(order, dtype=torch.uint8, device=scaled.device)[found.int()]
+def _rows(blocks: Tensor) -> int:
+    """Blocks that are quantised at once."""
+    return max(1, CHUNK // blocks.shape[1])
 
 
 def _inverse(scale: Tensor) -> Tensor:
@@ -94,10 +84,12 @@ def _inverse(scale: Tensor) -> Tensor:
     return (1.0 / scale.clamp(min=1e-38)).unsqueeze(1)
 
 
-def _quantize_range(blocks: Tensor, code: Code, double_quant: bool, rows: int) -> Packed:
-    """As `quantize`, with a zero point: from the least to the largest weight of a block, zero among them."""
-    most = 2**code.bits - 1
-    low, high = (torch.cat([_bound(part.float(), code, side) for part in blocks.split(rows)]) for side in (-1, 1))
+def _quantize_range(blocks: Tensor, code: Code, rule: RangeRule, double_quant: bool) -> Packed:
+    """As `quantize`, with a zero point: over the range that the rule gives, with zero in it."""
+    most, rows = code.levels[-1], _rows(blocks)
+    ranges = [rule(part.float(), code.levels) for part in blocks.split(rows)]
+    low, high = (torch.cat([found[side] for found in ranges]) for side in (0, 1))
+    low, high = low.clamp(max=0), high.clamp(min=0)
     scales = Scales.of((high - low) / most, double_quant)
     inverse = _inverse(scales.restored())
     zeros = (-low.unsqueeze(1) * inverse).round().clamp(0, most)
@@ -105,8 +97,3 @@ def _quantize_range(blocks: Tensor, code: Code, double_quant: bool, rows: int) -
     codes = [(part.float() * scale + zero).round().clamp(0, most).to(torch.uint8) for part, scale, zero in parts]
     packed_zeros = pack(zeros.to(torch.uint8).reshape(-1), code.bits)
     return Packed(pack(torch.cat(codes).reshape(-1), code.bits), scales, packed_zeros)
-
-
-def _bound(blocks: Tensor, code: Code, side: int) -> Tensor:
-    """The end of a block's range below or above zero: its largest weight there, clipped as the scale rule says."""
-    return side * code.scale((side * blocks).clamp(min=0), code.levels)

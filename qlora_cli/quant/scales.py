@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from qlora_cli.quant.codebooks import SCALE_BLOCK, Levels
+from qlora_cli.quant.rounding import nearest
 
-if TYPE_CHECKING:
-    from typing import Self
-
+SHARES = tuple(step / 32 for step in range(38, 13, -1))
+"""Scales that a search tries, as shares of what just clips nothing; larger ones may put the levels to better places."""
 
 ScaleRule = Callable[[Tensor, Levels], Tensor]
 """(blocks (n, B) fp32, levels) to scales (n,) fp32, not negative."""
+
+RangeRule = Callable[[Tensor, Levels], tuple[Tensor, Tensor]]
+"""(blocks (n, B) fp32, levels 0, ..., k) to the least and the largest value that is not clipped, each (n,) fp32."""
+
+
+# ── scales of levels around zero ─────────────────────────────────────────────────────────────────────────────────────
 
 
 def absmax(blocks: Tensor, levels: Levels) -> Tensor:
@@ -32,10 +38,24 @@ def percentile(blocks: Tensor, levels: Levels, share: float = 0.99) -> Tensor:
 def two_sigma(blocks: Tensor, levels: Levels) -> Tensor:
     """The larger magnitude of mean ± 2 standard deviations of each block, at most its absmax.
 
-    Source: the uniform quantiser of LoftQ (Li et al. 2023, section 4.1, after Dettmers et al.), there per tensor.
+    Source: the uniform quantiser of LoftQ's code (yxli2123/LoftQ, utils.py), there over the whole tensor.
     """
     reach = blocks.mean(dim=1).abs() + 2 * blocks.std(dim=1, correction=0)
     return torch.minimum(reach, absmax(blocks, levels))
+
+
+def searched(blocks: Tensor, levels: Levels) -> Tensor:
+    """Of SHARES shares of the absmax the one of least error: clipping a few weights can spare all others."""
+    table = torch.tensor(levels, device=blocks.device)
+    whole = absmax(blocks, levels)
+
+    def tried() -> Iterator[tuple[Tensor, Tensor]]:
+        for share in SHARES:
+            scale = whole * share
+            codes = nearest(blocks / scale.clamp(min=1e-38).unsqueeze(1), levels)
+            yield scale, (table[codes.int()] * scale.unsqueeze(1) - blocks).square().sum(dim=1)
+
+    return _least(tried())
 
 
 def best_for_pairs(blocks: Tensor, levels: Levels) -> Tensor:
@@ -53,6 +73,53 @@ def best_for_pairs(blocks: Tensor, levels: Levels) -> Tensor:
     weight = blocks.shape[1] - (1 - inner**2) * number
     best = (gain**2 / weight).argmax(dim=1, keepdim=True)
     return (gain / weight).gather(1, best).squeeze(1).float()
+
+
+# ── ranges of levels with a zero point ───────────────────────────────────────────────────────────────────────────────
+
+
+def whole_range(blocks: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    """From the least to the largest weight of each block: nothing is clipped."""
+    return blocks.amin(dim=1), blocks.amax(dim=1)
+
+
+def percentile_range(blocks: Tensor, levels: Levels, share: float = 0.99) -> tuple[Tensor, Tensor]:
+    """The middle `share` of each block's weights."""
+    return blocks.quantile((1 - share) / 2, dim=1), blocks.quantile((1 + share) / 2, dim=1)
+
+
+def two_sigma_range(blocks: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Mean ± 2 standard deviations of each block, within its weights; source as of two_sigma."""
+    mean, reach = blocks.mean(dim=1), 2 * blocks.std(dim=1, correction=0)
+    low, high = whole_range(blocks, levels)
+    return torch.maximum(mean - reach, low), torch.minimum(mean + reach, high)
+
+
+def searched_range(blocks: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
+    """Of SHARES shares of the whole range, with zero in it, the one of least error."""
+    most = levels[-1]
+    low, high = blocks.amin(dim=1).clamp(max=0), blocks.amax(dim=1).clamp(min=0)
+
+    def tried() -> Iterator[tuple[Tensor, Tensor]]:
+        for share in SHARES:
+            scale = ((high - low) * share / most).clamp(min=1e-38).unsqueeze(1)
+            zero = (-low.unsqueeze(1) * share / scale).round().clamp(0, most)
+            codes = (blocks / scale + zero).round().clamp(0, most)
+            yield torch.full_like(low, share), ((codes - zero) * scale - blocks).square().sum(dim=1)
+
+    share = _least(tried())
+    return low * share, high * share
+
+
+def _least(tried: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
+    """Of candidates (n,) with their errors (n,) the first one of least error, for each block."""
+    best, least = next(tried)
+    for candidate, error in tried:
+        best, least = torch.where(error < least, candidate, best), torch.minimum(error, least)
+    return best
+
+
+# ── scales in 8 bits ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -82,8 +149,10 @@ class Scales:
         """(n,) fp32."""
         if self.absmax is None or self.offset is None:
             return self.values
-        each = self.absmax.repeat_interleave(SCALE_BLOCK)[: len(self.values)]
-        return dynamic_map(self.values.device)[self.values.int()] * each + self.offset
+        number = len(self.values)
+        codes = torch.nn.functional.pad(self.values, (0, -number % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
+        restored = dynamic_map(codes.device)[codes.int()] * self.absmax.unsqueeze(1)
+        return restored.view(-1)[:number] + self.offset
 
 
 def dynamic_map(device: torch.device) -> Tensor:

@@ -10,9 +10,21 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qlora_cli.quant.bits import unpack
-from qlora_cli.quant.blockwise import Code, dequantize, nearest, quantize
+from qlora_cli.quant.blockwise import Code, dequantize, quantize
 from qlora_cli.quant.codebooks import CODE_BOOKS, counted, lloyd_max, symmetric, two_pairs
-from qlora_cli.quant.scales import Scales, absmax, best_for_pairs, percentile, two_sigma
+from qlora_cli.quant.rounding import nearest
+from qlora_cli.quant.scales import (
+    Scales,
+    absmax,
+    best_for_pairs,
+    percentile,
+    percentile_range,
+    searched,
+    searched_range,
+    two_sigma,
+    two_sigma_range,
+    whole_range,
+)
 
 CODES = {
     "nf4": Code(4, CODE_BOOKS["nf4"], absmax),
@@ -25,9 +37,15 @@ CODES = {
     "int4 clipped": Code(4, symmetric(4), two_sigma),
     "int4 of the 99th percentile": Code(4, symmetric(4), percentile),
     "int8": Code(8, symmetric(8), absmax),
-    "int2 with zero point": Code(2, counted(2), absmax, zero_point=True),
-    "int4 with zero point": Code(4, counted(4), absmax, zero_point=True),
-    "int8 with zero point": Code(8, counted(8), absmax, zero_point=True),
+    "int4 searched": Code(4, symmetric(4), searched),
+    "nf4 searched": Code(4, CODE_BOOKS["nf4"], searched),
+    "int2 with zero point": Code(2, counted(2), range=whole_range),
+    "int4 with zero point": Code(4, counted(4), range=whole_range),
+    "int8 with zero point": Code(8, counted(8), range=whole_range),
+    "int4 with zero point, clipped": Code(4, counted(4), range=two_sigma_range),
+    "int4 with zero point, of the 99th percentile": Code(4, counted(4), range=percentile_range),
+    "int4 with zero point, searched": Code(4, counted(4), range=searched_range),
+    "int2 with zero point, searched": Code(2, counted(2), range=searched_range),
     "Lloyd-Max of 2 bits": Code(2, lloyd_max(2, 64), absmax),
 }
 
@@ -56,6 +74,7 @@ def relative(weight: Tensor, found: Tensor) -> float:
         ("int2 of thirds", 0.336),
         ("int4 with zero point", 0.0911),
         ("Lloyd-Max of 2 bits", 0.344),
+        ("nf4 searched", 0.0855),
     ],
 )
 def test_errors_on_gaussian_weights_are_the_known_ones(name, error, double_quant):
@@ -125,6 +144,32 @@ def test_the_scale_of_pairs_is_the_best_there_is(values, inner):
 
     grid = torch.linspace(0, 1.3, 2000) * block.abs().max() / inner
     assert error(best_for_pairs(block, levels)) <= error(grid).min() + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("nf4 searched", "nf4"),
+        ("int4 searched", "int4"),
+        ("int4 with zero point, searched", "int4 with zero point"),
+        ("int2 with zero point, searched", "int2 with zero point"),
+    ],
+)
+def test_a_search_is_never_worse_than_no_clipping_on_any_block(name, plain):
+    weight = gaussian(256, 64) * torch.linspace(0.1, 9, 256).unsqueeze(1)
+    weight[:, 0] *= torch.linspace(1, 50, 256)
+    found, wanted = ((roundtrip(weight, CODES[one]) - weight).square().sum(dim=1) for one in (name, plain))
+    assert (found <= wanted * (1 + 1e-5)).all()
+    assert (found < 0.97 * wanted).float().mean() > 0.3, "many blocks gain"
+
+
+def test_clipped_ranges():
+    block = torch.tensor([[*([1.0, -1.0] * 50), 100.0]])
+    assert [bound.item() for bound in whole_range(block, ())] == [-1.0, 100.0]
+    low, high = two_sigma_range(block, ())
+    assert (low.item(), high.item()) == (-1.0, pytest.approx(float(block.mean() + 2 * block.std(correction=0))))
+    low, high = percentile_range(block, ())
+    assert (low.item(), high.item()) == (-1.0, pytest.approx(1.0 + 0.5 * 99, rel=0.01))
 
 
 def test_clipped_scales():

@@ -1,0 +1,46 @@
+"""Packed weights to the values a layer multiplies with, by the fastest kernel there is for code and device.
+
+bitsandbytes' 4-bit kernels read its own two code books; 2-bit codes whose levels lie in one of them are widened first.
+Everything else is `blockwise.dequantize`. All give the same bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qlora_cli.quant import blockwise
+from qlora_cli.quant.bits import nf2_as_nf4, pairs_as_fp4
+from qlora_cli.quant.blockwise import Code, Packed
+from qlora_cli.quant.codebooks import CODE_BOOKS, Levels
+
+
+def _as_they_are(codes: Tensor) -> Tensor:
+    return codes
+
+
+READ_AS: dict[Levels, tuple[str, Callable[[Tensor], Tensor]]] = {
+    CODE_BOOKS["nf4"]: ("nf4", _as_they_are),
+    CODE_BOOKS["fp4"]: ("fp4", _as_they_are),
+    CODE_BOOKS["int2"]: ("fp4", pairs_as_fp4),
+    CODE_BOOKS["nf2"]: ("nf4", nf2_as_nf4),
+}
+"""Levels to the kernel of bitsandbytes that knows them, and what makes its codes of ours."""
+
+CUDA_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Block sizes of bitsandbytes' CUDA kernels."""
+
+
+def dequantize(packed: Packed, code: Code, block_size: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """The values of a packed weight in its shape; fp32, bfloat16 or float16."""
+    known = READ_AS.get(code.levels)
+    if known is None or block_size % 2 or (packed.codes.is_cuda and block_size not in CUDA_BLOCKS):
+        return blockwise.dequantize(packed, code, shape, dtype)
+    kernel, widened = known
+    scales = packed.scales.restored()
+    blocks = (len(scales), block_size)  # rows are viewed as blocks: bitsandbytes' CPU kernel is wrong for others
+    codes = widened(packed.codes)
+    values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, block_size, kernel, blocks, dtype)
+    return values.view(shape)
