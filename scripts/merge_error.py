@@ -20,7 +20,7 @@ from qlora_cli.merge.difference import Difference, compare, logits_of
 from qlora_cli.merge.merge import merge_adapter
 from qlora_cli.model.adapter import attach_adapter, save_adapter
 from qlora_cli.model.base import load_base
-from qlora_cli.quant.bitsandbytes import quantized_modules
+from qlora_cli.quant.layers import quantized_modules
 from qlora_cli.recipe import Recipe
 from tests.tiny import write_tiny_model
 

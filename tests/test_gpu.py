@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from qlora_cli import commands
 from qlora_cli.display import QuietReport
 from qlora_cli.model.base import load_base
-from qlora_cli.quant.bitsandbytes import quantized_modules
+from qlora_cli.quant.layers import quantized_modules
 from qlora_cli.quant.roundtrip import module_digest, quantized, quantized_digest
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]

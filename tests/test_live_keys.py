@@ -25,11 +25,7 @@ RULED = {"data.eval[0].weight": 2.0}
 NOT_YET: dict[str, list[Any]] = {
     "model.num_labels": [2],
     "model.added_tokens": [["<think>"]],
-    "quantization.block_size": [32, 128],
-    "quantization.overrides": [{"q_proj": "nf4"}],
     "quantization.embeddings": ["nf4"],
-    "quantization.zero_point": [True],
-    "quantization.clip": ["mse"],
     "adapter.loftq.iterations": [1],
     "training.torch_compile": [True],
     "training.neftune_noise_alpha": [5],

@@ -30,7 +30,7 @@ from qlora_cli.merge.safetensors_stream import (
     read_tensor,
     sync_folder,
 )
-from qlora_cli.quant.roundtrip import dequantized
+from qlora_cli.quant.layers import layer_values
 from qlora_cli.recipe.schema import Quantization
 
 TOKENIZER_FILES = """
@@ -121,9 +121,8 @@ def _trained_on(plan: _Plan, name: str, stored: Tensor) -> Tensor:
     if name not in plan.quantized:
         return stored.to(plan.compute_dtype)
     transposed = name.removesuffix(".weight") in plan.layout.conv1d
-    storage = plan.storage
-    rows = stored.T if transposed else stored  # bitsandbytes quantises (out_features, in_features)
-    values = dequantized(rows, storage.data_type, storage.double_quant, storage.block_size, plan.compute_dtype)
+    rows = stored.T if transposed else stored  # what is quantised is (out_features, in_features)
+    values = layer_values(rows, plan.storage, name.removesuffix(".weight"), plan.compute_dtype)
     return values.T if transposed else values
 
 

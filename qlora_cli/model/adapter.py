@@ -12,7 +12,7 @@ from torch import nn
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.base import Base
 from qlora_cli.model.source import read_json
-from qlora_cli.quant.bitsandbytes import quantized_modules
+from qlora_cli.quant.layers import quantized_modules
 from qlora_cli.quant.linear4bit import reads_plainly
 from qlora_cli.recipe.schema import Adapter
 

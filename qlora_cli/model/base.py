@@ -16,14 +16,10 @@ import torch
 from torch import nn
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.model.source import fetch_weights, locate
+from qlora_cli.model.source import fetch_weights, file_of, locate
 from qlora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
-from qlora_cli.quant.bitsandbytes import (
-    disarm_cpu_repacking,
-    quantization_config,
-    quantized_modules,
-    stored_tensors,
-)
+from qlora_cli.quant.bitsandbytes import disarm_cpu_repacking
+from qlora_cli.quant.layers import quantization_config, quantized_modules, stored_tensors
 from qlora_cli.quant.linear4bit import work_round_cpu_dequantize
 from qlora_cli.recipe.schema import Model, Recipe
 
@@ -128,6 +124,8 @@ def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.d
     """The model alone: quantised while it loads, every weight from the checkpoint, nothing trainable."""
     import transformers
 
+    from qlora_cli.quant.plugin import BadWeight
+
     auto = getattr(transformers, AUTO_CLASSES[recipe.model.task])
     attention = recipe.model.attn_implementation
     arguments = {} if attention == "auto" else {"attn_implementation": attention}
@@ -145,13 +143,15 @@ def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.d
             )
     except torch.OutOfMemoryError:
         raise
+    except BadWeight as error:
+        raise UserError(f"{file_of(error.where, folder)}: {error.where}", error.what, error.todo) from error
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise _unloadable(folder, error) from error
     check_complete(folder, info)
     check_skipped(model, recipe.quantization.skip_modules)
     disarm_cpu_repacking(model)
     work_round_cpu_dequantize(model)
-    if recipe.quantization.data_type != "none":
+    if recipe.quantization.data_type != "none" and not recipe.quantization.overrides:
         check_share_quantized(model, recipe.quantization.skip_modules)
     model.requires_grad_(False)
     return model.eval()

@@ -115,6 +115,17 @@ def check_header(shard: Path) -> None:
         raise UserError(shard, f"damaged or cut short: {error}", "download it again") from error
 
 
+def file_of(tensor: str, folder: Path) -> Path:
+    """The safetensors file that holds a tensor of a model; the folder where the file has another name for it."""
+    from safetensors import safe_open
+
+    for shard in sorted(folder.glob("*.safetensors")):
+        with safe_open(shard, "pt") as file:
+            if tensor in file.keys():  # noqa: SIM118 (no mapping)
+                return shard
+    return folder
+
+
 def read_json(path: Path, why: str) -> dict[str, Any]:
     """The object in a JSON file; `why` it is needed is part of the message where it is missing."""
     try:

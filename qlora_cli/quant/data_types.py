@@ -56,3 +56,6 @@ CODES: dict[str, Callable[[bool, str], Code]] = {
     "int2": _int2,
 }
 """The code of a data type in blocks: (zero_point, clip) of the recipe to how its weights are stored."""
+
+UNIFORM = ("int4", "int2")
+"""Those that zero_point and clip are for."""

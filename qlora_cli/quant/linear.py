@@ -44,6 +44,8 @@ class PackedLinear(nn.Linear):
     zeros: packed uint8 or None. They keep their types when the module is cast.
     """
 
+    transposed = False
+    """Whether the checkpoint that it is read from has the weight as (in, out), as GPT-2's Conv1D."""
     scales: Tensor
     scales_absmax: Tensor | None
     scales_offset: Tensor | None
@@ -71,13 +73,16 @@ class PackedLinear(nn.Linear):
         """The stored weight."""
         return Packed(self.weight.data, Scales(self.scales, self.scales_absmax, self.scales_offset), self.zeros)
 
+    def packed_from(self, weight: Tensor) -> Packed:
+        """A weight (out, in) as this layer stores it."""
+        return quantize(weight, self.code, self.storage.block_size, self.storage.double_quant)
+
     def store(self, weight: Tensor) -> None:
         """Quantises a weight (out, in) and takes its place."""
-        packed = quantize(weight, self.code, self.storage.block_size, self.storage.double_quant)
-        self.weight = nn.Parameter(packed.codes, requires_grad=False)
-        values = (packed.scales.values, packed.scales.absmax, packed.scales.offset, packed.zeros)
-        for name, tensor in zip(BUFFERS, values, strict=True):
-            setattr(self, name, tensor)
+        tensors = tensors_of(self.packed_from(weight))
+        self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+        for name in BUFFERS:
+            setattr(self, name, tensors[name])
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (out, in) that the layer multiplies with."""
@@ -133,3 +138,10 @@ def empty(numel: int, storage: Storage, device: Any) -> dict[str, Tensor]:
     if storage.zero_point:
         sizes["zeros"] = (-(-blocks * bits // 8),), torch.uint8
     return {name: torch.empty(size, dtype=dtype, device=device) for name, (size, dtype) in sizes.items()}
+
+
+def tensors_of(packed: Packed) -> dict[str, Any]:
+    """The tensors of a packed weight by the names that a layer gives them; None for those that there are not."""
+    scales = packed.scales
+    values = (packed.codes, scales.values, scales.absmax, scales.offset, packed.zeros)
+    return dict(zip(("weight", *BUFFERS), values, strict=True))

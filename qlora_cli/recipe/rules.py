@@ -52,17 +52,32 @@ def one_kind_of_length_limit(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("data", "max_length"), what, "Keep the one limit or the pair")
 
 
-def four_bit_settings_need_four_bits(recipe: Recipe) -> Iterator[Problem]:
-    """`quantization.block_size` and `double_quant` are for 4 bits: int8 keeps one scale per row, none has no scales."""
-    if recipe.quantization.data_type in ("int8", "none"):
+def block_settings_need_blocks(recipe: Recipe) -> Iterator[Problem]:
+    """`quantization.block_size` and `double_quant` are for blocks: int8 keeps one scale per row, none has no scales."""
+    if recipe.quantization.data_type in ("int8", "none") and not recipe.quantization.overrides:
         for name in ("double_quant", "block_size"):
             yield from _no_effect(recipe, "quantization", name, f"with `data_type: {recipe.quantization.data_type}`")
 
 
 def nothing_is_skipped_where_nothing_is_quantised(recipe: Recipe) -> Iterator[Problem]:
     """`quantization.skip_modules` needs a data type to skip."""
-    if recipe.quantization.data_type == "none":
+    if recipe.quantization.data_type == "none" and not recipe.quantization.overrides:
         yield from _no_effect(recipe, "quantization", "skip_modules", "with `data_type: none`")
+
+
+def int8_is_not_mixed(recipe: Recipe) -> Iterator[Problem]:
+    """`quantization.overrides` is for types in blocks: `data_type: int8` is a kind of product, not of storage alone."""
+    if recipe.quantization.data_type == "int8" and recipe.quantization.overrides:
+        what = "`overrides` beside `data_type: int8`, which cannot be mixed"
+        yield Problem(("quantization", "overrides"), what, "Use nf4, fp4, int4, nf2, int2 or none as data_type")
+
+
+def ranges_need_uniform_levels(recipe: Recipe) -> Iterator[Problem]:
+    """`quantization.zero_point` and `clip` are for int4 and int2."""
+    kinds = {recipe.quantization.data_type, *recipe.quantization.overrides.values()}
+    if not kinds & {"int4", "int2"}:
+        for name in ("zero_point", "clip"):
+            yield from _no_effect(recipe, "quantization", name, f"with `data_type: {recipe.quantization.data_type}`")
 
 
 def outliers_need_int8(recipe: Recipe) -> Iterator[Problem]:
@@ -185,7 +200,9 @@ RULES: tuple[Rule, ...] = (
     length_limits_come_in_pairs,
     no_folder_called_tilde,
     one_kind_of_length_limit,
-    four_bit_settings_need_four_bits,
+    block_settings_need_blocks,
+    int8_is_not_mixed,
+    ranges_need_uniform_levels,
     nothing_is_skipped_where_nothing_is_quantised,
     outliers_need_int8,
     a_continued_adapter_keeps_its_shape,

@@ -63,20 +63,24 @@ class Quantization(Section):
     """How the frozen weights of the base are stored."""
 
     data_type: Literal["nf4", "fp4", "int4", "nf2", "int2", "int8", "none"] = key(
-        "nf4", "storage of the linear weights; none: 16-bit LoRA", live=("nf4", "fp4", "int8", "none")
+        "nf4", "storage of the linear weights; none: 16-bit LoRA"
     )
     double_quant: bool = key(True, "quantise the block scales too (QLoRA section 3): 0.37 bits per weight less")
-    block_size: int = key(64, "weights that share one scale", unit="weights", live=(64,), ge=16)
+    block_size: int = key(64, "weights that share one scale", unit="weights", ge=16, multiple_of=4)
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = key(
         "auto",
         "dtype of activations and unquantised weights; auto: bfloat16 where the hardware is fast at it, else float32",
         live=("auto", "bfloat16", "float32"),
     )
     skip_modules: Names = key(lambda: ["lm_head"], "linear modules left unquantised, by name or pattern")
-    overrides: dict[str, str] = key(dict, "data type per pattern of module names (mixed precision)", live=({},))
+    overrides: dict[str, Literal["nf4", "fp4", "int4", "nf2", "int2", "none"]] = key(
+        dict, "data type by pattern of whole module names, with *; the first that fits counts (mixed precision)"
+    )
     embeddings: str = key("none", "data type of the embeddings", live=("none",))
-    zero_point: bool = key(False, "asymmetric uniform quantisation with a zero point", live=(False,))
-    clip: str = key("auto", "clipping range of uniform quantisation", live=("auto",))
+    zero_point: bool = key(False, "int4, int2: levels from the least weight to the largest, by a zero point per block")
+    clip: Literal["auto", "absmax", "percentile", "2sigma", "search"] = key(
+        "auto", "int4, int2: weights beyond are clipped; auto: the range of least error per block"
+    )
     outlier_threshold: Real = key(
         6.0, "int8: input features beyond this magnitude are multiplied in 16 bits (LLM.int8); 0: none", ge=0
     )

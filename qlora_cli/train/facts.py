@@ -13,7 +13,7 @@ import torch
 from qlora_cli import __version__
 from qlora_cli.data.store import part_to_json
 from qlora_cli.model.base import Base
-from qlora_cli.quant.bitsandbytes import quantized_modules
+from qlora_cli.quant.layers import quantized_modules
 from qlora_cli.recipe import Recipe
 from qlora_cli.train.feed import Feed
 from qlora_cli.train.publish import trained_template

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.errors import UserError
-from qlora_cli.quant.bitsandbytes import quantized_modules
+from qlora_cli.quant.layers import quantized_modules
+from qlora_cli.quant.linear import PackedLinear
 from qlora_cli.recipe import Recipe
 from tests.live_keys.bench import Bench, Live, becomes
 
 ALL_LINEAR = ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 HUB = {"model.name_or_path": "someone/model"}
 ROUGH = {"quantization.data_type": "int8"}
+UNIFORM = {"quantization.data_type": "int4"}
 FRESH = {"adapter.r": 16, "adapter.alpha": 32}  # the defaults, beside which `from` is legal
 
 
@@ -58,8 +60,35 @@ def class_loaded(bench: Bench, recipe: Recipe) -> str:
 def storage(bench: Bench, recipe: Recipe) -> str:
     """How the first projection's weights are stored."""
     module = layer(bench, recipe).base_layer
+    if isinstance(module, PackedLinear):
+        return module.storage.data_type
     kinds = {"Linear8bitLt": "int8", "Linear": str(module.weight.dtype)}
     return kinds.get(type(module).__name__) or module.weight.quant_state.quant_type
+
+
+def of_q_and_v(bench: Bench, recipe: Recipe) -> list[str]:
+    """How the query's and the value's projection are stored."""
+    modules = [layer(bench, recipe, name).base_layer for name in ("q_proj", "v_proj")]
+    return [m.storage.data_type if isinstance(m, PackedLinear) else m.weight.quant_state.quant_type for m in modules]
+
+
+def num_scales(bench: Bench, recipe: Recipe) -> int:
+    return len(layer(bench, recipe).base_layer.scales)
+
+
+def has_zero_points(bench: Bench, recipe: Recipe) -> bool:
+    return layer(bench, recipe).base_layer.zeros is not None
+
+
+def num_levels(bench: Bench, recipe: Recipe) -> int:
+    """Different magnitudes and signs of the first block, in units of its scale."""
+    return len(layer(bench, recipe).base_layer.dequantized().view(-1, 64)[0].unique())
+
+
+def error_of_storage(bench: Bench, recipe: Recipe) -> float:
+    """Relative L2 distance of the stored projection from the unquantised one."""
+    exact = layer(bench, bench.recipe({"quantization.data_type": "none"})).base_layer.weight.detach()
+    return float((layer(bench, recipe).base_layer.dequantized() - exact).norm() / exact.norm())
 
 
 def scales_are_quantised(bench: Bench, recipe: Recipe) -> bool:
@@ -194,6 +223,18 @@ QUANTIZATION = [
     Live("quantization.data_type", "fp4", storage, becomes("nf4", "fp4")),
     Live("quantization.data_type", "int8", storage, becomes("nf4", "int8")),
     Live("quantization.data_type", "none", storage, becomes("nf4", "torch.float32")),
+    *(Live("quantization.data_type", kind, storage, becomes("nf4", kind)) for kind in ("int4", "nf2", "int2")),
+    *(
+        Live("quantization.block_size", size, num_scales, becomes(64, 4096 // size), {"quantization.data_type": "nf2"})
+        for size in (32, 128)
+    ),
+    Live("quantization.overrides", {"*.q_proj": "int2", "*": "nf4"}, of_q_and_v, becomes(["nf4"] * 2, ["int2", "nf4"])),
+    Live("quantization.zero_point", True, has_zero_points, becomes(False, True), UNIFORM),
+    *(
+        Live("quantization.clip", clip, error_of_storage, lambda best, clipped: best < clipped < 1, UNIFORM)
+        for clip in ("absmax", "percentile", "2sigma")
+    ),
+    Live("quantization.clip", "search", num_levels, becomes(4, 3), {"quantization.data_type": "int2"}),
     Live("quantization.double_quant", False, scales_are_quantised, becomes(True, False)),
     Live("quantization.compute_dtype", "bfloat16", dtypes, becomes([torch.float32] * 2, [torch.bfloat16] * 2)),
     Live(

@@ -9,11 +9,12 @@ from pathlib import Path
 import bitsandbytes as bnb
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import check_share_quantized, compute_dtype_for, fingerprint, load_base
-from qlora_cli.quant.bitsandbytes import quantized_modules
+from qlora_cli.quant.layers import quantized_modules
 from tests.tiny import write_tiny_model
 
 CPU = torch.device("cpu")
@@ -305,3 +306,21 @@ def test_rows_that_are_no_whole_blocks_are_computed_rightly(make_recipe, tmp_pat
     weight = (state.code[nibbles].view(-1, 64) * absmax[:, None]).view(state.shape)
     x = torch.randn(3, width)
     torch.testing.assert_close(layer(x), x @ weight.T)
+
+
+@pytest.mark.parametrize(
+    ("damage", "settings", "message"),
+    [
+        (float("nan"), {}, r"model.safetensors: model.layers.1.mlp.up_proj.weight: holds NaN or infinity"),
+        (None, {"block_size": 96}, r"model.safetensors: .*q_proj.weight: has 4,096 values, which is no multiple of"),
+    ],
+)
+def test_a_weight_that_cannot_be_packed_is_told_with_its_file(make_recipe, tmp_path, damage, settings, message):
+    model = write_tiny_model(tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    if damage is not None:
+        tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = damage
+        save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    recipe = make_recipe(model={"name_or_path": str(model)}, quantization={"data_type": "int2", **settings})
+    with pytest.raises(UserError, match=message):
+        load_base(recipe, torch.device("cpu"))

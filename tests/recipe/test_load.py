@@ -98,9 +98,9 @@ data:
         ("model.name_or_path=''", "`model.name_or_path` is ''. Give text, not an empty one."),
         (
             "quantization.data_type=nf5",
-            "`quantization.data_type` is 'nf5'. Perhaps nf4? Possible are nf4, fp4, int8 or",
+            "`quantization.data_type` is 'nf5'. Perhaps nf4? Possible are nf4, fp4, int4, nf2, int2, int8",
         ),
-        ("quantization.data_type=gguf", "`quantization.data_type` is 'gguf'. Give nf4, fp4, int8 or none."),
+        ("quantization.data_type=gguf", "`quantization.data_type` is 'gguf'. Give one of nf4, fp4, int4,"),
         ("report_to=[wandbb]", "`report_to[0]` is 'wandbb'. Perhaps wandb? Possible are tensorboard, wandb, trackio"),
         ("report_to=wandb", "`report_to` is 'wandb'. Give a list of tensorboard, wandb, trackio, mlflow."),
         ("data.packing=1", "`data.packing` is 1. Give auto or true or false."),
@@ -181,7 +181,7 @@ def test_the_default_and_auto_are_always_legal(recipe_file: Path, override: str)
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("quantization.data_type=int2", "is not available yet. Use nf4, fp4, int8 or none."),
+        ("adapter.init=pissa", "is not available yet. Use default or gaussian."),
         ("training.torch_compile=true", "is not available yet. Leave it out: only false works today."),
         ("model.num_labels=3", "`model.num_labels: 3` is not available yet. Leave it out: only null works today."),
         ("model.added_tokens=[x]", "`model.added_tokens: ['x']` is not available yet. Leave it out: only [] works"),

@@ -35,6 +35,21 @@ BROKEN = [
         "quantization.skip_modules",
         "`skip_modules: ['v_proj']` has no effect with `data_type: none`",
     ),
+    (
+        "quantization: {data_type: int8, overrides: {'*.q_proj': nf4}}",
+        "quantization.overrides",
+        "`overrides` beside `data_type: int8`, which cannot be mixed",
+    ),
+    (
+        "quantization: {zero_point: true}",
+        "quantization.zero_point",
+        "`zero_point: true` has no effect with `data_type: nf4`",
+    ),
+    (
+        "quantization: {data_type: nf2, clip: absmax}",
+        "quantization.clip",
+        "`clip: 'absmax'` has no effect with `data_type: nf2`",
+    ),
     ("output_dir: ~/runs/x", "output_dir", "`~` is not expanded in '~/runs/x'"),
     ("adapter: {from: ~/adapter}", "adapter.from", "`~` is not expanded in '~/adapter'"),
     (
@@ -116,6 +131,9 @@ BROKEN = [
 ]
 
 SOUND = [
+    "quantization: {data_type: int4, zero_point: true, clip: 2sigma}",
+    "quantization: {data_type: nf4, overrides: {'*.q_proj': int2}, clip: search}",
+    "quantization: {data_type: none, overrides: {'*.q_proj': nf2}, block_size: 32, skip_modules: [lm_head, v_proj]}",
     "data: {source_max_length: 16, target_max_length: 512}",
     "data: {source_max_length: 16, target_max_length: 512, max_length: 2048}",
     "data: {train: [{path: org/set}], eval: [{path: org/set}]}",

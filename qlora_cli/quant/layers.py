@@ -1,0 +1,107 @@
+"""Quantised layers of a model, bitsandbytes' and packed ones: how they are asked for, found, and what they hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qlora_cli.quant import kernels
+from qlora_cli.quant.bitsandbytes import CONFIGS, bitsandbytes_config
+from qlora_cli.quant.blockwise import quantize
+from qlora_cli.quant.linear import BUFFERS, PackedLinear
+from qlora_cli.quant.roundtrip import dequantized
+from qlora_cli.recipe.schema import Quantization
+
+BLOCK_SIZE = 64
+"""That of bitsandbytes' layers as transformers makes them."""
+
+
+def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) -> Any:
+    """The transformers configuration of the recipe, or None where nothing is quantised."""
+    if is_packed(quantization):
+        return packed_config(quantization)
+    return None if quantization.data_type == "none" else bitsandbytes_config(quantization, compute_dtype)
+
+
+def is_packed(quantization: Quantization) -> bool:
+    """Whether the layers are ours: for what bitsandbytes has no layer for, and for all of a mixed model."""
+    if quantization.data_type in ("none", "int8"):
+        return bool(quantization.overrides)
+    return bool(
+        quantization.data_type not in CONFIGS or quantization.overrides or quantization.block_size != BLOCK_SIZE
+    )
+
+
+def packed_config(quantization: Quantization) -> Any:
+    """The configuration of packed layers."""
+    from qlora_cli.quant.plugin import PackedConfig
+
+    skipped = quantization.skip_modules
+    return PackedConfig(
+        quantization.data_type,
+        [skipped] if isinstance(skipped, str) else list(skipped),
+        quantization.overrides,
+        block_size=quantization.block_size,
+        double_quant=quantization.double_quant,
+        zero_point=quantization.zero_point,
+        clip=quantization.clip,
+    )
+
+
+def quantized_modules(model: nn.Module) -> dict[str, Any]:
+    """The quantised layers of the model by their full name; an adapter around them does not change the name."""
+    import bitsandbytes as bnb
+
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, PackedLinear)
+    return {
+        name.replace(".base_layer", "").removeprefix("base_model.model."): module
+        for name, module in model.named_modules()
+        if isinstance(module, kinds)
+    }
+
+
+def layer_values(weight: Tensor, quantization: Quantization, name: str, compute_dtype: torch.dtype) -> Tensor:
+    """The float32 values that a quantised layer loaded with `dtype=compute_dtype` multiplies with.
+
+    weight: (out_features, in_features) as in the checkpoint; name: the module's. See roundtrip.dequantized.
+    """
+    storage = packed_config(quantization).storage_of(name) if is_packed(quantization) else None
+    if storage is None:
+        how = (quantization.data_type, quantization.double_quant, quantization.block_size)
+        return dequantized(weight, *how, compute_dtype)
+    packed = quantize(weight.to(compute_dtype), storage.code, storage.block_size, storage.double_quant)
+    return kernels.dequantize(packed, storage.code, storage.block_size, weight.shape, compute_dtype).float()
+
+
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """(kind, tensor) of everything that the model holds in memory, each storage once: data type names and scales."""
+    seen: set[int] = set()
+    for kind, tensor in _kinds(model):
+        pointer = tensor.untyped_storage().data_ptr()
+        if pointer not in seen:
+            seen.add(pointer)
+            yield kind, tensor
+
+
+def _kinds(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for module in packed:
+        yield module.storage.data_type, module.weight
+        yield from (("scales", tensor) for name in BUFFERS if (tensor := getattr(module, name)) is not None)
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)
+        row_scales = getattr(parameter, "SCB", None)
+        if state is not None:
+            yield state.quant_type, parameter
+            nested = [] if state.state2 is None else [state.state2.absmax, state.state2.code, state.offset]
+            yield from (("scales", tensor) for tensor in [state.absmax, state.code, *nested])
+        elif row_scales is not None:
+            yield "int8", parameter
+            yield "scales", row_scales
+        else:
+            yield str(parameter.dtype).removeprefix("torch."), parameter
+    for buffer in model.buffers():
+        yield str(buffer.dtype).removeprefix("torch."), buffer

@@ -1,0 +1,172 @@
+"""Packed layers in transformers' own way: from_pretrained quantises while it reads, save_pretrained keeps the codes.
+
+Importing this module registers QUANT_METHOD with transformers, the one thing that outlives a `with` here: a checkpoint
+that `save_pretrained` wrote loads again wherever this package has been imported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.core_model_loading import ConversionOps
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    AUTO_QUANTIZER_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
+from transformers.quantizers.base import HfQuantizer
+from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from qlora_cli.errors import UserError
+from qlora_cli.quant.data_types import UNIFORM
+from qlora_cli.quant.linear import PackedLinear, Storage, tensors_of
+
+QUANT_METHOD = "qlora_packed"
+"""What config.json calls it."""
+
+
+class BadWeight(UserError):
+    """A tensor of the checkpoint that cannot be quantised; `where` is its name."""
+
+
+class PackedConfig(QuantizationConfigMixin):
+    """`quantization_config` of a packed model.
+
+    data_type: a key of data_types.CODES. skip_modules: names or patterns of linear layers left as they are, as
+    bitsandbytes' llm_int8_skip_modules. overrides: data type, or none, by pattern (fnmatch) of full module names; the
+    first one that fits counts. The rest as in Storage.
+    """
+
+    def __init__(
+        self,
+        data_type: str = "int2",
+        skip_modules: list[str] | None = None,
+        overrides: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+        **storage: Any,
+    ) -> None:
+        self.quant_method = QUANT_METHOD
+        self.data_type = data_type
+        self.skip_modules = ["lm_head"] if skip_modules is None else skip_modules
+        pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
+        self.overrides = [list(pair) for pair in pairs]  # their order counts, and config.json sorts keys
+        known = Storage.__dataclass_fields__.keys() - {"data_type"}
+        self.storage = {name: value for name, value in storage.get("storage", storage).items() if name in known}
+
+    def storage_of(self, name: str) -> Storage | None:
+        """How the weight of a linear layer is stored; None where it stays as it is."""
+        if not should_convert_module(name, self.skip_modules):
+            return None
+        found = (kind for pattern, kind in self.overrides if fnmatchcase(name, pattern))
+        data_type = next(found, self.data_type)
+        options = self.storage if data_type in UNIFORM else {**self.storage, "zero_point": False, "clip": "auto"}
+        return None if data_type == "none" else Storage(data_type, **options)
+
+
+class PackedQuantizer(HfQuantizer):
+    """Swaps linear layers for packed ones before weights are read, and quantises each as it comes."""
+
+    requires_calibration = False
+    quantization_config: PackedConfig
+
+    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+        module, name = get_module_from_name(model, param_name)
+        return not self.pre_quantized and isinstance(module, PackedLinear) and name == "weight"
+
+    @property
+    def quantized_element_size(self) -> float:
+        """Bytes of a weight at most; transformers sizes what it reserves by it."""
+        return 1.0
+
+    def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self.not_finite: list[str] = []
+
+    def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        linear = [*_linear(model)]
+        for pattern, _kind in self.quantization_config.overrides:
+            if not any(fnmatchcase(name, pattern) for name, _module in linear):
+                known = sorted({name.rsplit(".", 1)[-1] for name, _module in linear})
+                what = f"{pattern!r} matches no linear module"
+                todo = f"name whole modules, with * where any text may stand, such as *.{known[0]}"
+                raise UserError("quantization.overrides", what, todo)
+        for name, module in linear:
+            storage = self.quantization_config.storage_of(name)
+            if storage is not None:
+                _swap(model, name, module, storage, self.pre_quantized)
+
+    def get_quantize_ops(self) -> ConversionOps:
+        return _Quantize(self)
+
+    def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
+        if self.not_finite:  # told here: what is raised while weights are read loses its message
+            what = f"holds NaN or infinity ({len(self.not_finite)} such tensors)"
+            raise BadWeight(self.not_finite[0], what, "restore the checkpoint")
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+class _Quantize(ConversionOps):
+    """A weight as the checkpoint has it to the tensors of its layer."""
+
+    def __init__(self, quantizer: PackedQuantizer) -> None:
+        self.quantizer = quantizer
+
+    def convert(self, input_dict: dict[str, Any], model: Any = None, **_: Any) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, value in input_dict.items():
+            module, _name = get_module_from_name(model, name)
+            weight = value[0] if isinstance(value, list) else value
+            if not weight.isfinite().all():
+                self.quantizer.not_finite.append(name)
+                weight = torch.zeros_like(weight)
+            packed = module.packed_from(weight.T if module.transposed else weight)
+            path = name.removesuffix("weight")
+            found |= {f"{path}{one}": tensor for one, tensor in tensors_of(packed).items() if tensor is not None}
+            module._is_hf_initialized = True
+        return found
+
+
+def _linear(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The linear layers of a model, GPT-2's among them, with their full names."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D):
+            yield name, module
+
+
+def _swap(model: nn.Module, name: str, module: Any, storage: Storage, pre_quantized: bool) -> None:
+    """Puts a packed layer without values in the place of a linear one.
+
+    Its weight has the checkpoint's shape until it is quantised.
+    """
+    transposed = isinstance(module, Conv1D)
+    rows, columns = module.weight.shape[::-1] if transposed else module.weight.shape
+    if rows * columns % storage.block_size:
+        what = f"has {rows * columns:,} values, which is no multiple of quantization.block_size {storage.block_size}"
+        raise BadWeight(f"{name}.weight", what, f"set another block size, or put {name} into skip_modules")
+    layer = PackedLinear(columns, rows, module.bias is not None, storage, device="meta", dtype=module.weight.dtype)
+    layer.transposed = transposed
+    if not pre_quantized:
+        layer.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
+    model.set_submodule(name, layer)
+
+
+if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:
+    register_quantizer(QUANT_METHOD)(PackedQuantizer)
+if QUANT_METHOD not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    register_quantization_config(QUANT_METHOD)(PackedConfig)

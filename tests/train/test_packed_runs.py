@@ -1,0 +1,51 @@
+"""Runs on packed bases of every data type: resumed bit for bit, measured, merged onto what they were trained on."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from qlora_cli import commands
+from qlora_cli.display import QuietReport
+
+STORED = {
+    "int4": {"data_type": "int4"},
+    "nf2": {"data_type": "nf2", "double_quant": False},
+    "int2": {"data_type": "int2"},
+    "int4 with zero point": {"data_type": "int4", "zero_point": True, "clip": "2sigma", "block_size": 32},
+    "mixed": {"data_type": "int2", "overrides": {"*.layers.0.*": "nf4", "*.down_proj": "none"}},
+}
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("name", STORED)
+def test_a_run_on_a_packed_base_is_resumed_measured_and_merged(
+    name, checkpointing, make_recipe, heldout_file, tmp_path
+):
+    report = QuietReport()
+
+    def recipe_in(folder: str):
+        return make_recipe(
+            quantization=STORED[name],
+            data={"eval": [{"path": str(heldout_file)}]},
+            training={"max_steps": 4, "gradient_checkpointing": checkpointing},
+            output_dir=str(tmp_path / folder),
+        )
+
+    for folder, pauses in (("whole", [None]), ("stopped", [2, None])):
+        for pause in pauses:
+            commands.train(recipe_in(folder), b"", report, main_process=True, resume="auto", pause_at=pause)
+    adapters = [tmp_path / folder / "adapter/adapter_model.safetensors" for folder in ("whole", "stopped")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+    result = commands.evaluate(recipe_in("whole"), report, adapter=None, baseline=True, limit=None)
+    assert result["models"]["adapter"]["loss"] < result["models"]["base"]["loss"]
+    merged = commands.merge(
+        tmp_path / "whole", recipe_in("whole"), report, out=None, onto="dequantized", dtype="float32"
+    )
+    assert merged["same_base"]
+    assert merged["difference"]["max_abs"] < 1e-3
+    assert merged["difference"]["top1_agreement"] == 1.0
