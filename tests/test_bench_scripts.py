@@ -82,3 +82,14 @@ def test_same_rows_finds_another_id_and_another_trained_token(tmp_path: Path, mo
     for name, (other, expected) in others.items():
         write_ids(str(tmp_path / f"{name}.npz"), other)
         assert same_rows(str(tmp_path / "rows.npz"), str(tmp_path / f"{name}.npz")) == expected, name
+
+
+def test_the_errors_of_data_types_are_those_of_the_document() -> None:
+    """All but the speed, which is the machine's."""
+    document = (ROOT / "docs/quantization.md").read_text(encoding="utf-8").splitlines()
+    written = {line.split("|")[1]: line.split("|")[2:-2] for line in document if line.startswith("| ")}
+    printed = {line.split("|")[1]: line.split("|")[2:-2] for line in run("code_errors.py", SHARED)}
+    assert len(printed) == 14
+    for name, figures in printed.items():
+        if name.strip() != "data type":
+            assert list(map(float, written[name])) == pytest.approx(list(map(float, figures)), rel=3e-3)

@@ -254,7 +254,7 @@ def test_text_survives_the_dump(recipe_file: Path, text: str):
 
 @settings(max_examples=100, deadline=None)
 @given(
-    words=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1), min_size=1, max_size=3),
+    words=st.lists(st.text(st.characters(codec="utf-8", exclude_characters="\0~"), min_size=1), min_size=1, max_size=3),
     number=st.floats(1e-300, 1e300),
 )
 def test_the_dump_reads_back_to_an_equal_recipe(
