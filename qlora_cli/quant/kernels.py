@@ -1,18 +1,19 @@
 """Packed weights to the values a layer multiplies with, by the fastest kernel there is for code and device.
 
 bitsandbytes' 4-bit kernels read its own two code books; 2-bit codes whose levels lie in one of them are widened first.
-Everything else is `blockwise.dequantize`. All give the same bits.
+All other codes of 2 and 4 bits are looked up two at a time. All give the bits of `blockwise.dequantize`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from qlora_cli.quant import blockwise
-from qlora_cli.quant.bits import nf2_as_nf4, pairs_as_fp4
+from qlora_cli.quant.bits import nf2_as_nf4, pairs_as_fp4, unpack
 from qlora_cli.quant.blockwise import Code, Packed
 from qlora_cli.quant.codebooks import CODE_BOOKS, Levels
 
@@ -37,10 +38,31 @@ def dequantize(packed: Packed, code: Code, block_size: int, shape: torch.Size, d
     """The values of a packed weight in its shape; fp32, bfloat16 or float16."""
     known = READ_AS.get(code.levels)
     if known is None or block_size % 2 or (packed.codes.is_cuda and block_size not in CUDA_BLOCKS):
-        return blockwise.dequantize(packed, code, shape, dtype)
+        return _looked_up(packed, code, shape, dtype)
     kernel, widened = known
     scales = packed.scales.restored()
     blocks = (len(scales), block_size)  # rows are viewed as blocks: bitsandbytes' CPU kernel is wrong for others
     codes = widened(packed.codes)
     values: Tensor = torch.ops.bitsandbytes.dequantize_4bit(codes, scales, block_size, kernel, blocks, dtype)
     return values.view(shape)
+
+
+def _looked_up(packed: Packed, code: Code, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """Two levels for a byte of 4-bit codes, or for each half of one of 2-bit codes, in one look at a table of 256."""
+    if code.bits == 8 or shape.numel() % 4:
+        return blockwise.dequantize(packed, code, shape, dtype)
+    codes, scale = packed.codes.int(), packed.scales.restored().unsqueeze(1)
+    pairs = [table.to(codes.device).index_select(0, codes) for table in _pairs(code.levels, code.bits)]
+    units = torch.cat(pairs).view(torch.float32).view(len(scale), -1)
+    if packed.zeros is not None:
+        units = units - unpack(packed.zeros, code.bits)[: len(scale)].unsqueeze(1)
+    return (units * scale).to(dtype).view(shape)
+
+
+@cache
+def _pairs(levels: Levels, bits: int) -> list[Tensor]:
+    """Tables from a byte to two levels, as one int64 (256,): of all its codes, or of those of each half."""
+    values = torch.tensor(levels)[unpack(torch.arange(256, dtype=torch.uint8), bits).int()]
+    if bits == 4:
+        return [values.view(256, 2).view(torch.int64).view(256)]
+    return [half.contiguous().view(256, 2).view(torch.int64).view(256) for half in values.view(2, -1)]
