@@ -93,3 +93,12 @@ def test_the_errors_of_data_types_are_those_of_the_document() -> None:
     for name, figures in printed.items():
         if name.strip() != "data type":
             assert list(map(float, written[name])) == pytest.approx(list(map(float, figures)), rel=3e-3)
+
+
+def test_bench_loftq_runs_and_both_find_the_same_error(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    command = [sys.executable, str(ROOT / "scripts/bench_loftq.py"), "--size", "256", "--rank", "16"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "--json", str(result)], check=True, cwd=ROOT, env=environment, capture_output=True)
+    found = json.loads(result.read_text())
+    assert found["qlora"]["error"] == pytest.approx(found["PEFT's steps"]["error"], rel=0.01)
