@@ -3,8 +3,8 @@
     python scripts/bench_loftq.py [--size 4096] [--rank 64] [--iterations 2] [--json FILE]
 
 PEFT 0.21's `loftq_init` (utils/loftq_utils.py) needs CUDA; its steps are run here on the CPU: quantise with
-bitsandbytes' nf4, dequantise, a full fp32 SVD of what is lost, the two factors. Quantising counts on both sides. The weight is
-Gaussian; errors are ‖W − (Q + BA)‖ / ‖W‖ with single quantisation, which is all that PEFT's has.
+bitsandbytes' nf4, dequantise, a full fp32 SVD of what is lost, the two factors. Quantising counts on both sides. The
+weight is Gaussian; errors are ‖W − (Q + BA)‖ / ‖W‖ with single quantisation, which is all that PEFT's has.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from qlora_cli.quant import kernels
 from qlora_cli.quant.blockwise import Packed, quantize
 from qlora_cli.quant.linear import Storage
 from qlora_cli.quant.loftq import loftq
-
 
 THEIRS = "PEFT's steps"
 

@@ -102,3 +102,13 @@ def test_bench_loftq_runs_and_both_find_the_same_error(tmp_path: Path) -> None:
     subprocess.run([*command, "--json", str(result)], check=True, cwd=ROOT, env=environment, capture_output=True)
     found = json.loads(result.read_text())
     assert found["qlora"]["error"] == pytest.approx(found["PEFT's steps"]["error"], rel=0.01)
+
+
+def test_bench_loading_runs(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    command = [sys.executable, str(ROOT / "scripts/bench_loading.py"), "--layers", "2", "--hidden", "128"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*command, "--json", str(result)], check=True, cwd=ROOT, env=environment, capture_output=True)
+    found = json.loads(result.read_text())
+    assert found["embedding_bytes"] == 2 * 2 * 32000 * 128
+    assert found["embedding_bytes"] < found["model_bytes"] < found["file_bytes"]
