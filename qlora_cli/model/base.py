@@ -19,7 +19,13 @@ from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.source import fetch_weights, file_of, locate
 from qlora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from qlora_cli.quant.bitsandbytes import disarm_cpu_repacking
-from qlora_cli.quant.layers import quantization_config, quantized_modules, stored_tensors
+from qlora_cli.quant.layers import (
+    left_as_they_are,
+    quantization_config,
+    quantized_modules,
+    skip_patterns,
+    stored_tensors,
+)
 from qlora_cli.quant.linear4bit import work_round_cpu_dequantize
 from qlora_cli.recipe.schema import Model, Recipe
 
@@ -127,6 +133,7 @@ def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.d
     from qlora_cli.quant.plugin import BadWeight
 
     auto = getattr(transformers, AUTO_CLASSES[recipe.model.task])
+    skipped = skip_patterns(recipe.quantization)
     attention = recipe.model.attn_implementation
     arguments = {} if attention == "auto" else {"attn_implementation": attention}
     try:
@@ -147,12 +154,12 @@ def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.d
         raise UserError(f"{file_of(error.where, folder)}: {error.where}", error.what, error.todo) from error
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise _unloadable(folder, error) from error
+    check_skipped(model, recipe.quantization.skip_modules)  # first: of a tied head the loader tells something else
     check_complete(folder, info)
-    check_skipped(model, recipe.quantization.skip_modules)
     disarm_cpu_repacking(model)
     work_round_cpu_dequantize(model)
-    if recipe.quantization.data_type != "none" and not recipe.quantization.overrides:
-        check_share_quantized(model, recipe.quantization.skip_modules)
+    if recipe.quantization.data_type != "none":
+        check_share_quantized(model, [*skipped, *left_as_they_are(model, recipe.quantization)])
     model.requires_grad_(False)
     return model.eval()
 

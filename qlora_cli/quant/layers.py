@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.errors import UserError
 from qlora_cli.quant import kernels
 from qlora_cli.quant.bitsandbytes import CONFIGS, bitsandbytes_config
 from qlora_cli.quant.blockwise import quantize
@@ -39,16 +41,37 @@ def packed_config(quantization: Quantization) -> Any:
     """The configuration of packed layers."""
     from qlora_cli.quant.plugin import PackedConfig
 
-    skipped = quantization.skip_modules
     return PackedConfig(
         quantization.data_type,
-        [skipped] if isinstance(skipped, str) else list(skipped),
+        skip_patterns(quantization),
         quantization.overrides,
         block_size=quantization.block_size,
         double_quant=quantization.double_quant,
         zero_point=quantization.zero_point,
         clip=quantization.clip,
     )
+
+
+def skip_patterns(quantization: Quantization) -> list[str]:
+    """skip_modules as a list. Raises UserError for what is no pattern."""
+    skipped = quantization.skip_modules
+    patterns = [skipped] if isinstance(skipped, str) else list(skipped)
+    for pattern in patterns:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            what = f"{pattern!r} is no regular expression: {error}"
+            raise UserError("quantization.skip_modules", what, "write names, or .* for any text") from error
+    return patterns
+
+
+def left_as_they_are(model: nn.Module, quantization: Quantization) -> list[str]:
+    """The linear layers that an override leaves unquantised."""
+    if not quantization.overrides:
+        return []
+    config = packed_config(quantization)
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    return [name for name in linear if config.storage_of(name) is None]
 
 
 def quantized_modules(model: nn.Module) -> dict[str, Any]:

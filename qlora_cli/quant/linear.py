@@ -121,8 +121,9 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, None, None]:
-        return grad_output @ ctx.dequantized(grad_output.dtype), None, None, None
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None, Tensor | None, None]:
+        bias = grad_output.flatten(0, -2).sum(dim=0) if ctx.needs_input_grad[2] else None
+        return grad_output @ ctx.dequantized(grad_output.dtype), None, bias, None
 
 
 def empty(numel: int, storage: Storage, device: Any) -> dict[str, Tensor]:

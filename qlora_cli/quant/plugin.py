@@ -90,12 +90,7 @@ class PackedQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
         linear = [*_linear(model)]
-        for pattern, _kind in self.quantization_config.overrides:
-            if not any(fnmatchcase(name, pattern) for name, _module in linear):
-                known = sorted({name.rsplit(".", 1)[-1] for name, _module in linear})
-                what = f"{pattern!r} matches no linear module"
-                todo = f"name whole modules, with * where any text may stand, such as *.{known[0]}"
-                raise UserError("quantization.overrides", what, todo)
+        refuse_idle_overrides(self.quantization_config, [name for name, _module in linear])
         for name, module in linear:
             storage = self.quantization_config.storage_of(name)
             if storage is not None:
@@ -119,6 +114,23 @@ class PackedQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def refuse_idle_overrides(config: PackedConfig, names: Sequence[str]) -> None:
+    """Raises UserError for a pattern that decides about none of the linear layers of these names."""
+    unskipped = [name for name in names if should_convert_module(name, config.skip_modules)]
+    left = list(unskipped)
+    for pattern, _kind in config.overrides:
+        if any(fnmatchcase(name, pattern) for name in left):
+            left = [name for name in left if not fnmatchcase(name, pattern)]
+            continue
+        known = sorted({name.rsplit(".", 1)[-1] for name in names})
+        what, todo = f"{pattern!r} matches no linear module", f"name whole modules, as *.{known[0]} does"
+        if any(fnmatchcase(name, pattern) for name in unskipped):
+            what, todo = f"{pattern!r} has no effect: a pattern before it decides", "put the narrower pattern first"
+        elif any(fnmatchcase(name, pattern) for name in names):
+            what, todo = f"{pattern!r} has no effect: skip_modules leaves it out", "take it out of skip_modules"
+        raise UserError("quantization.overrides", what, todo)
 
 
 class _Quantize(ConversionOps):

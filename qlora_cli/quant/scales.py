@@ -15,6 +15,9 @@ from qlora_cli.quant.rounding import nearest
 SHARES = tuple(step / 32 for step in range(38, 13, -1))
 """Scales that a search tries, as shares of what just clips nothing; larger ones may put the levels to better places."""
 
+TINY = 1e-38
+"""What a scale of zero is taken for where it divides."""
+
 ScaleRule = Callable[[Tensor, Levels], Tensor]
 """(blocks (n, B) fp32, levels) to scales (n,) fp32, not negative."""
 
@@ -48,12 +51,12 @@ def searched(blocks: Tensor, levels: Levels) -> Tensor:
     """Of SHARES shares of the absmax the one of least error: clipping a few weights can spare all others."""
     table = torch.tensor(levels, device=blocks.device)
     whole = absmax(blocks, levels)
+    units = blocks / whole.clamp(min=TINY).unsqueeze(1)
 
     def tried() -> Iterator[tuple[Tensor, Tensor]]:
         for share in SHARES:
-            scale = whole * share
-            codes = nearest(blocks / scale.clamp(min=1e-38).unsqueeze(1), levels)
-            yield scale, (table[codes.int()] * scale.unsqueeze(1) - blocks).square().sum(dim=1)
+            codes = nearest(units / share, levels)
+            yield whole * share, (table[codes.int()] * share - units).square().sum(dim=1)
 
     return _least(tried())
 
@@ -100,12 +103,15 @@ def searched_range(blocks: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
     most = levels[-1]
     low, high = blocks.amin(dim=1).clamp(max=0), blocks.amax(dim=1).clamp(min=0)
 
+    units = blocks / (high - low).clamp(min=TINY).unsqueeze(1)
+    least = -low / (high - low).clamp(min=TINY)
+
     def tried() -> Iterator[tuple[Tensor, Tensor]]:
         for share in SHARES:
-            scale = ((high - low) * share / most).clamp(min=1e-38).unsqueeze(1)
-            zero = (-low.unsqueeze(1) * share / scale).round().clamp(0, most)
-            codes = (blocks / scale + zero).round().clamp(0, most)
-            yield torch.full_like(low, share), ((codes - zero) * scale - blocks).square().sum(dim=1)
+            scale = share / most
+            zero = (least.unsqueeze(1) * share / scale).round().clamp(0, most)
+            codes = (units / scale + zero).round().clamp(0, most)
+            yield torch.full_like(low, share), ((codes - zero) * scale - units).square().sum(dim=1)
 
     share = _least(tried())
     return low * share, high * share
@@ -152,7 +158,8 @@ class Scales:
         number = len(self.values)
         codes = torch.nn.functional.pad(self.values, (0, -number % SCALE_BLOCK)).view(-1, SCALE_BLOCK)
         restored = dynamic_map(codes.device)[codes.int()] * self.absmax.unsqueeze(1)
-        return restored.view(-1)[:number] + self.offset
+        # where scales differ by more than 256 times the least ones are rounded below 0, and would turn their block over
+        return (restored.view(-1)[:number] + self.offset).clamp(min=0)
 
 
 def dynamic_map(device: torch.device) -> Tensor:

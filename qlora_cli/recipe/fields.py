@@ -161,6 +161,8 @@ def _limits(kind: Any) -> str:
                 found.append(f"at most {bound}")
             case at.Lt(lt=bound):
                 found.append(f"below {bound}")
+            case at.MultipleOf(multiple_of=factor):
+                found.append(f"a multiple of {factor}")
     return "".join(f", {limit}" for limit in found)
 
 

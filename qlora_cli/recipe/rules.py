@@ -65,9 +65,13 @@ def nothing_is_skipped_where_nothing_is_quantised(recipe: Recipe) -> Iterator[Pr
         yield from _no_effect(recipe, "quantization", "skip_modules", "with `data_type: none`")
 
 
-def int8_is_not_mixed(recipe: Recipe) -> Iterator[Problem]:
-    """`quantization.overrides` is for types in blocks: `data_type: int8` is a kind of product, not of storage alone."""
-    if recipe.quantization.data_type == "int8" and recipe.quantization.overrides:
+def what_is_mixed_is_in_blocks(recipe: Recipe) -> Iterator[Problem]:
+    """`quantization.overrides` mixes types in blocks: not `int8`, whose product is another one, and not none alone."""
+    quantization = recipe.quantization
+    if quantization.overrides and {quantization.data_type, *quantization.overrides.values()} == {"none"}:
+        what = "`overrides` that are none, as `data_type` is: nothing is quantised"
+        yield Problem(("quantization", "overrides"), what, "Delete them, or name a data type")
+    if quantization.data_type == "int8" and quantization.overrides:
         what = "`overrides` beside `data_type: int8`, which cannot be mixed"
         yield Problem(("quantization", "overrides"), what, "Use nf4, fp4, int4, nf2, int2 or none as data_type")
 
@@ -201,7 +205,7 @@ RULES: tuple[Rule, ...] = (
     no_folder_called_tilde,
     one_kind_of_length_limit,
     block_settings_need_blocks,
-    int8_is_not_mixed,
+    what_is_mixed_is_in_blocks,
     ranges_need_uniform_levels,
     nothing_is_skipped_where_nothing_is_quantised,
     outliers_need_int8,

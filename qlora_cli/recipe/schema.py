@@ -66,7 +66,7 @@ class Quantization(Section):
         "nf4", "storage of the linear weights; none: 16-bit LoRA"
     )
     double_quant: bool = key(True, "quantise the block scales too (QLoRA section 3): 0.37 bits per weight less")
-    block_size: int = key(64, "weights that share one scale", unit="weights", ge=16, multiple_of=4)
+    block_size: int = key(64, "weights that share one scale", unit="weights", ge=16, le=65536, multiple_of=4)
     compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = key(
         "auto",
         "dtype of activations and unquantised weights; auto: bfloat16 where the hardware is fast at it, else float32",

@@ -11,6 +11,7 @@ from qlora_cli.data.chat import find_template
 from qlora_cli.model.adapter import save_adapter
 from qlora_cli.model.base import Base
 from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Quantization
 from qlora_cli.train.checkpoint import publish
 
 CARD = """---
@@ -22,7 +23,7 @@ tags: [qlora, lora]
 # A LoRA adapter for {base}
 
 Trained by qlora {version} for {steps} optimizer steps on {data}
-(base stored as {data_type}, compute in {compute_dtype}, learning rate {learning_rate:g}, seed {seed}).
+(base stored as {stored}, compute in {compute_dtype}, learning rate {learning_rate:g}, seed {seed}).
 
 ```python
 from peft import AutoPeftModelForCausalLM
@@ -58,13 +59,16 @@ def trained_template(recipe: Recipe, base: Base) -> str | None:
 
 
 def card(recipe: Recipe, base: Base, steps: int) -> str:
-    """The model card."""
+    """The model card, with all that it takes to quantise the base as it was."""
+    defaults = Quantization().model_dump()
+    given = {name: value for name, value in recipe.quantization.model_dump().items() if value != defaults[name]}
+    stored = {"data_type": recipe.quantization.data_type, **given}
     return CARD.format(
         base=recipe.model.name_or_path,
         version=__version__,
         steps=steps,
         data=", ".join(source.path for source in recipe.data.train),
-        data_type=recipe.quantization.data_type,
+        stored=", ".join(f"{name} {value}" for name, value in stored.items()),
         compute_dtype=str(base.compute_dtype).removeprefix("torch."),
         learning_rate=recipe.training.learning_rate,
         seed=recipe.training.seed,

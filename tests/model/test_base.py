@@ -324,3 +324,29 @@ def test_a_weight_that_cannot_be_packed_is_told_with_its_file(make_recipe, tmp_p
     recipe = make_recipe(model={"name_or_path": str(model)}, quantization={"data_type": "int2", **settings})
     with pytest.raises(UserError, match=message):
         load_base(recipe, torch.device("cpu"))
+
+
+def test_overrides_do_not_hide_what_is_left_unquantised(make_recipe, tmp_path):
+    """Fused experts stay as they are: most of the model, which only overrides to none may leave so."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = write_tiny_model(tmp_path / "model")
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=400, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config).save_pretrained(model)
+    recipe = make_recipe(
+        model={"name_or_path": str(model)}, quantization={"data_type": "int4", "overrides": {"*.q_proj": "nf4"}}
+    )
+    with pytest.raises(UserError, match="of the weights that should be quantised are"):
+        load_base(recipe, torch.device("cpu"))
+    plain = make_recipe(quantization={"data_type": "int2", "overrides": {"*.mlp.*": "none"}})
+    assert len(quantized_modules(load_base(plain, torch.device("cpu")).model)) == 8
+
+
+def test_a_pattern_that_is_none_is_refused(make_recipe):
+    for data_type in ("nf4", "int2"):
+        recipe = make_recipe(quantization={"data_type": data_type, "skip_modules": ["*.down_proj"]})
+        with pytest.raises(UserError, match=r"'\*.down_proj' is no regular expression: nothing to repeat"):
+            load_base(recipe, torch.device("cpu"))

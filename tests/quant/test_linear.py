@@ -148,3 +148,14 @@ def test_every_clipping_range_is_its_own(name, zero_point, clip):
 
 def test_it_shows_how_it_is_stored():
     assert "in_features=96, out_features=24, bias=True, Storage(data_type='int2'" in repr(layer_of(Storage("int2"))[0])
+
+
+def test_a_bias_that_is_trained_gets_its_gradient():
+    """PEFT's bias: lora_only sets requires_grad on biases of the base."""
+    layer, _ = layer_of(Storage("int4"))
+    layer.bias.requires_grad_(True)
+    x = torch.randn(3, 5, 96)
+    layer(x).square().sum().backward()
+    wanted = torch.zeros(24, requires_grad=True)
+    F.linear(x, layer.dequantized(), layer.bias.detach() + wanted).square().sum().backward()
+    torch.testing.assert_close(layer.bias.grad, wanted.grad)

@@ -46,7 +46,7 @@ CONFIGS = {
     "int2": {"data_type": "int2"},
     "nf2 of single scales": {"data_type": "nf2", "double_quant": False},
     "int4 with zero point": {"data_type": "int4", "zero_point": True, "block_size": 32},
-    "mixed": {"data_type": "int2", "overrides": {"*.1.*": "nf4", "*_proj": "int4", "*": "none"}},
+    "mixed": {"data_type": "int2", "overrides": {"*.1.*": "nf4", "*proj": "none"}},
 }
 
 
@@ -96,10 +96,12 @@ def test_a_model_is_quantised_while_it_is_read_and_comes_back_from_disk_as_it_wa
 def test_the_first_override_that_fits_counts_and_none_leaves_a_layer_as_it_is(folder):
     model, _ = load(folder, quantization_config=PackedConfig(**CONFIGS["mixed"]))
     kinds = {name: module.storage.data_type for name, module in quantized_modules(model).items()}
+    wanted = {"nf4" if ".1." in name else "none" if name.endswith("proj") else "int2" for name in kinds}
     assert {name for name in kinds if ".1." in name}
     for name, kind in kinds.items():
-        assert kind == ("nf4" if ".1." in name else "int4")
-        assert ".1." in name or name.endswith("_proj")
+        assert kind == ("nf4" if ".1." in name else "int2")
+        assert ".1." in name or not name.endswith("proj")
+    assert wanted == set(kinds.values())
 
 
 def test_what_is_stored_is_counted_once_and_told_by_its_type(folder):
@@ -166,6 +168,21 @@ def test_a_pattern_that_matches_nothing_is_refused(llama):
     message = r"quantization.overrides: 'model.layer.*' matches no linear module. Name whole modules"
     with pytest.raises(UserError, match=message):
         load(llama, quantization_config=PackedConfig("int2", overrides={"model.layer.*": "nf4"}))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"lm_head": "nf4"}, r"'lm_head' has no effect: skip_modules leaves it out. Take it out of skip_modules"),
+        (
+            {"model.layers.*": "nf4", "*.down_proj": "int2"},
+            r"'\*.down_proj' has no effect: a pattern before it decides",
+        ),
+    ],
+)
+def test_a_pattern_that_decides_nothing_is_refused(llama, overrides, message):
+    with pytest.raises(UserError, match=message):
+        load(llama, quantization_config=PackedConfig("int2", overrides=overrides))
 
 
 def test_a_weight_that_is_no_multiple_of_the_block_is_named(llama):

@@ -41,6 +41,11 @@ BROKEN = [
         "`overrides` beside `data_type: int8`, which cannot be mixed",
     ),
     (
+        "quantization: {data_type: none, overrides: {'*': none}}",
+        "quantization.overrides",
+        "`overrides` that are none, as `data_type` is",
+    ),
+    (
         "quantization: {zero_point: true}",
         "quantization.zero_point",
         "`zero_point: true` has no effect with `data_type: nf4`",
