@@ -128,10 +128,12 @@ def test_registering_twice_is_registering_once():
     assert transformers.AttentionInterface()[NAME] is packed_attention
 
 
+@pytest.mark.parametrize("attention", [NAME, "sdpa", "eager"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_changing_any_token_of_a_document_leaves_every_bit_of_the_others(kind):
-    model = tiny(kind)
-    assert use_packed_attention(model)
+def test_changing_any_token_of_a_document_leaves_every_bit_of_the_others(kind, attention):
+    """With ours, and with each that a recipe may name on a CPU."""
+    model = tiny(kind, None if attention == NAME else attention)
+    assert attention != NAME or use_packed_attention(model)
     input_ids = torch.arange(sum(LENGTHS)).unsqueeze(0) % (VOCAB - 3) + 3
     with torch.no_grad():
         before = packed_logits(model, input_ids, LENGTHS)[0].split(LENGTHS)
