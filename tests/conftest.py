@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
@@ -84,3 +85,29 @@ def make_recipe(tiny_model: Path, rows_file: Path, tmp_path: Path) -> Callable[.
         return Recipe.model_validate(values)
 
     return build
+
+
+class Ended(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def qlora(monkeypatch, capfd) -> Callable[..., Ended]:
+    """Runs the command line in this warm process: the same entry point, the same streams, no second import of torch."""
+    from qlora_cli.cli import main
+
+    def run(*arguments: object) -> Ended:
+        monkeypatch.setattr(sys, "argv", ["qlora", *map(str, arguments)])
+        capfd.readouterr()
+        try:
+            main()
+            code = 0
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Ended(code, *capfd.readouterr())
+
+    return run

@@ -7,41 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
 
-from tests.conftest import conversation
+from tests.conftest import Ended, conversation
 from tests.tiny import write_tiny_model
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def qlora(monkeypatch, capfd) -> Callable[..., Ended]:
-    """Runs the command line in this warm process: the same entry point, the same streams, no second import of torch."""
-    from qlora_cli.cli import main
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["qlora", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Ended(code, *capfd.readouterr())
-
-    return run
 
 
 def values_of(tiny_model: Path, rows_file: Path, run: Path) -> dict[str, Any]:

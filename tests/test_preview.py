@@ -10,7 +10,7 @@ from collections.abc import Callable
 from datetime import date
 from io import StringIO
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
@@ -19,36 +19,10 @@ from rich.console import Console
 from qlora_cli.display import QuietReport, print_preview
 from qlora_cli.errors import UserError
 from qlora_cli.plan.preview import bad_rows, preview
-from tests.conftest import REPOSITORY, conversation
+from tests.conftest import REPOSITORY, Ended, conversation
 
 GOOD = conversation("Où est le chat ?", "Ici 😀")
 SCRIPT = conversation("<script>alert(1)</script> \x1b[31mred", "<b>&amp;</b>")
-
-
-class Ended(NamedTuple):
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def qlora(monkeypatch, capfd) -> Callable[..., Ended]:
-    """Runs the command line in this warm process."""
-    from qlora_cli.cli import main
-
-    def run(*arguments: object) -> Ended:
-        monkeypatch.setattr(sys, "argv", ["qlora", *map(str, arguments)])
-        capfd.readouterr()
-        try:
-            main()
-            code = 0
-        except SystemExit as end:
-            code = int(end.code or 0)
-        return Ended(code, *capfd.readouterr())
-
-    return run
 
 
 @pytest.fixture

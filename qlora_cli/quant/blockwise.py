@@ -13,7 +13,7 @@ from torch import Tensor
 from qlora_cli.quant.bits import pack, unpack
 from qlora_cli.quant.codebooks import Levels
 from qlora_cli.quant.rounding import nearest
-from qlora_cli.quant.scales import RangeRule, ScaleRule, Scales, absmax
+from qlora_cli.quant.scales import TINY, RangeRule, ScaleRule, Scales, absmax
 
 CHUNK = 2**18
 """Weights that are quantised at once: what is computed on the way stays in the processor's cache."""
@@ -81,7 +81,7 @@ def _rows(blocks: Tensor) -> int:
 
 def _inverse(scale: Tensor) -> Tensor:
     """(n, 1) reciprocals; of blocks of zeros, whose codes do not matter, a number."""
-    return (1.0 / scale.clamp(min=1e-38)).unsqueeze(1)
+    return (1.0 / scale.clamp(min=TINY)).unsqueeze(1)
 
 
 def _quantize_range(blocks: Tensor, code: Code, rule: RangeRule, double_quant: bool) -> Packed:

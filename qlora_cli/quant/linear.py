@@ -52,7 +52,7 @@ class PackedLinear(nn.Linear):
     zeros: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool, storage: Storage, **factory: Any) -> None:
-        """factory: device, and dtype of the bias and of products for inputs of a type that cannot be multiplied."""
+        """factory: device, and dtype of the bias."""
         super().__init__(in_features, out_features, bias, device="meta")
         self.storage, self.code = storage, storage.code
         device, dtype = factory.get("device"), factory.get("dtype") or torch.get_default_dtype()

@@ -79,10 +79,11 @@ class PackedQuantizer(HfQuantizer):
         module, name = get_module_from_name(model, param_name)
         return not self.pre_quantized and isinstance(module, PackedLinear) and name == "weight"
 
-    @property
-    def quantized_element_size(self) -> float:
-        """Bytes of a weight at most; transformers sizes what it reserves by it."""
-        return 1.0
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes of a weight as it will be stored, by which transformers reserves memory."""
+        if self.param_needs_quantization(model, param_name):
+            return float(get_module_from_name(model, param_name)[0].code.bits / 8)
+        return float(super().param_element_size(model, param_name, param))
 
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
@@ -109,10 +110,6 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        return True
-
-    @property
-    def is_compileable(self) -> bool:
         return True
 
 

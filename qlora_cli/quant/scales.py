@@ -102,7 +102,6 @@ def searched_range(blocks: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
     """Of SHARES shares of the whole range, with zero in it, the one of least error."""
     most = levels[-1]
     low, high = blocks.amin(dim=1).clamp(max=0), blocks.amax(dim=1).clamp(min=0)
-
     units = blocks / (high - low).clamp(min=TINY).unsqueeze(1)
     least = -low / (high - low).clamp(min=TINY)
 

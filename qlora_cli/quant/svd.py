@@ -1,4 +1,4 @@
-"""The best approximation of a matrix at a given rank, by random projection: a fiftieth of the time of a full SVD."""
+"""The best approximation of a matrix at a given rank, by random projection: scripts/bench_loftq.py has the times."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 OVERSAMPLING, ITERATIONS, MOST_ITERATIONS = 16, 4, 12
-"""Directions beyond the rank, and power iterations: within 0.7% of the exact residual on weights' errors (facts of a
-prototype; tests/quant/test_svd.py)."""
+"""Directions beyond the rank, and power iterations: within 0.7% of the exact residual (tests/quant/test_svd.py)."""
 
 SETTLED = 1e-3
 """Relative change of the residual below which another iteration is not worth its time."""
@@ -47,16 +46,15 @@ def low_rank(matrix: Tensor, rank: int, seed: int = 0, basis: Tensor | None = No
     energy, residual = matrix.square().sum(dtype=torch.float64), torch.inf
     for iteration in range(1, MOST_ITERATIONS + 1):
         image = torch.linalg.qr(matrix @ basis).Q
-        projected = matrix.T @ image
-        basis = torch.linalg.qr(projected).Q
-        before, residual = residual, _residual(energy, projected, rank)
+        basis, triangle = torch.linalg.qr(matrix.T @ image)  # whose singular values are the triangle's, a small matrix
+        before, residual = residual, _residual(energy, triangle, rank)
         if iteration >= least and before - residual <= SETTLED * residual:
             break
-    turn, values, right = torch.linalg.svd(projected.T, full_matrices=False)
-    return LowRank(image @ turn[:, :rank], values[:rank], right[:rank].T, basis)
+    left, values, right = torch.linalg.svd(triangle.T)
+    return LowRank(image @ left[:, :rank], values[:rank], basis @ right[:rank].T, basis)
 
 
-def _residual(energy: Tensor, projected: Tensor, rank: int) -> float:
-    """‖matrix - its approximation‖, from the singular values of its projection."""
-    values = torch.linalg.svdvals(projected)[:rank]
+def _residual(energy: Tensor, triangle: Tensor, rank: int) -> float:
+    """‖matrix - its approximation‖, from the singular values of its projection's triangle."""
+    values = torch.linalg.svdvals(triangle)[:rank]
     return float((energy - values.square().sum(dtype=torch.float64)).clamp(min=0).sqrt())
