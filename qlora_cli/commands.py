@@ -18,11 +18,11 @@ from qlora_cli.merge.difference import compare, logits_of
 from qlora_cli.merge.merge import merge_adapter
 from qlora_cli.model.adapter import load_adapter
 from qlora_cli.model.base import AUTO_CLASSES, Base, default_device, find_base, fingerprint, load_base, quiet_loading
+from qlora_cli.model.whole_folder import MANIFEST, fault
 from qlora_cli.plan.preview import PAGE_ROWS, bad_rows, preview
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
 from qlora_cli.train import loop
-from qlora_cli.train.checkpoint import MANIFEST, fault
 from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_seen
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, check_resume, claim, date_of, locked, read_facts, replace_text

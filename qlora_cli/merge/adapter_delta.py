@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from qlora_cli.errors import UserError
-from qlora_cli.merge.layout import Layout
-from qlora_cli.merge.safetensors_stream import read_entries, read_tensor
+from qlora_cli.model.layout import Layout
+from qlora_cli.model.safetensors_stream import read_entries, read_tensor
 
 PREFIX = "base_model.model."
 LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude_vector"

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.merge.adapter_delta import Adapter, Update, plan_updates, read_adapter, updated
-from qlora_cli.merge.layout import Layout, read_layout
-from qlora_cli.merge.safetensors_stream import (
+from qlora_cli.model.layout import Layout, read_layout
+from qlora_cli.model.safetensors_stream import (
     INDEX,
     SINGLE,
     Checkpoint,

@@ -1,14 +1,11 @@
-"""Checkpoints that are whole or not there: written aside, synced, signed with a manifest, then renamed.
+"""Checkpoints: weights, optimizer, random state and cursor after a step, in folders that are whole or not there.
 
-Order: temporary folder on the same file system, files, fsync of each, manifest.json last, fsync of the folder, rename,
-fsync of the parent, and only then are old checkpoints deleted. Only safetensors and JSON are written or read.
+Old ones are deleted once a new one is safely there. Only safetensors and JSON are written or read.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -22,10 +19,10 @@ from torch.optim import Optimizer
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.adapter import WEIGHTS, save_adapter
+from qlora_cli.model.whole_folder import fault, publish
 from qlora_cli.train.optimizers import optimizer_state, restore_optimizer
 
 NAME = re.compile(r"step-(\d{6,})")
-MANIFEST = "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -66,51 +63,6 @@ def save_checkpoint(
     return path
 
 
-def publish(folder: Path, write: Callable[[Path], None]) -> Path:
-    """Makes `folder` appear with all that `write` puts into it and a manifest, or not at all.
-
-    Raises UserError (exit 1) where the disk is full or the place cannot be written.
-    """
-    aside = folder.with_name(f".{folder.name}.tmp")
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
-        write(aside)
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        for path in files:
-            sync(path)
-        described = {str(p.relative_to(aside)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
-        (aside / MANIFEST).write_text(json.dumps({"files": described}, indent=1))
-        sync(aside / MANIFEST)
-        sync(aside)
-        aside.rename(folder)
-        sync(folder.parent)
-    except OSError as error:
-        free = shutil.disk_usage(folder.parent).free if folder.parent.exists() else 0
-        raise UserError(
-            folder,
-            f"cannot be written: {error.strerror or error} ({free:,} bytes free)",
-            "free space or mend the permissions, then run the same command again: it goes on from the last checkpoint",
-            Exit.FAILED,
-        ) from error
-    return folder
-
-
-def sync(path: Path) -> None:
-    """Forces a file's or a folder's content to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def sha256(path: Path) -> str:
-    """The hex SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def checkpoints(folder: Path) -> list[Path]:
     """The step folders, oldest first."""
     if not folder.is_dir():
@@ -123,32 +75,6 @@ def step_of(checkpoint: Path) -> int:
     """The step in a checkpoint's state.json."""
     step: int = json.loads((checkpoint / "state.json").read_bytes())["step"]
     return step
-
-
-def fault(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, "" if its manifest verifies.
-
-    Raises UserError where the disk fails to read it, which proves nothing against the checkpoint.
-    """
-    try:
-        described = json.loads((checkpoint / MANIFEST).read_bytes())["files"]
-        for name, facts in described.items():
-            path = checkpoint / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != facts["size"]:
-                return f"{name} has {path.stat().st_size} bytes, {facts['size']} were written"
-            if sha256(path) != facts["sha256"]:
-                return f"{name} has changed since it was written"
-    except FileNotFoundError:
-        return f"{MANIFEST} is missing"
-    except OSError as error:
-        raise UserError(
-            checkpoint, f"cannot be read: {error.strerror}", "mend the disk or the permissions", Exit.FAILED
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{MANIFEST} is damaged"
-    return ""
 
 
 def newest_valid(folder: Path, say: Callable[[str], None]) -> Path | None:

@@ -10,9 +10,9 @@ from qlora_cli import __version__
 from qlora_cli.data.chat import find_template
 from qlora_cli.model.adapter import save_adapter
 from qlora_cli.model.base import Base
+from qlora_cli.model.whole_folder import publish
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.schema import Quantization
-from qlora_cli.train.checkpoint import publish
 
 CARD = """---
 base_model: {base}

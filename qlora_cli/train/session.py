@@ -14,8 +14,9 @@ from qlora_cli.data.examples import Examples
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import Base, find_base, fingerprint, load_base
+from qlora_cli.model.whole_folder import fault
 from qlora_cli.recipe import Recipe
-from qlora_cli.train.checkpoint import fault, load_checkpoint, newest_valid, step_of
+from qlora_cli.train.checkpoint import load_checkpoint, newest_valid, step_of
 from qlora_cli.train.facts import run_facts
 from qlora_cli.train.feed import Feed, Place, StreamFeed
 from qlora_cli.train.optimizers import build_optimizer

@@ -14,8 +14,8 @@ from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import UserError
 from qlora_cli.merge.adapter_delta import LowRank, Replacement, plan_updates, read_adapter, updated
-from qlora_cli.merge.layout import read_layout
-from qlora_cli.merge.safetensors_stream import read_checkpoint
+from qlora_cli.model.layout import read_layout
+from qlora_cli.model.safetensors_stream import read_checkpoint
 
 
 def planned(base, folder):

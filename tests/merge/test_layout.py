@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from qlora_cli.errors import UserError
-from qlora_cli.merge.layout import read_layout
+from qlora_cli.model.layout import read_layout
 
 
 def test_llama_has_no_transposed_and_no_shared_weight(folders):

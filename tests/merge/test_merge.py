@@ -310,7 +310,7 @@ from pathlib import Path
 from transformers import LlamaConfig
 from merge_models import storage
 from qlora_cli.merge.merge import merge_adapter
-from qlora_cli.merge.safetensors_stream import Entry, SafetensorsWriter
+from qlora_cli.model.safetensors_stream import Entry, SafetensorsWriter
 
 def base(folder, width, ffn, vocab):
     folder.mkdir()

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.merge.safetensors_stream import (
+from qlora_cli.model.safetensors_stream import (
     DTYPES,
     Entry,
     SafetensorsWriter,
