@@ -257,6 +257,75 @@ def merge(
         display.print_merge(result)
 
 
+@app.command()
+def inspect(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a hub id.", show_default=False)],
+    types: Annotated[str, typer.Option(metavar="A,B", help="Only these data types: nf4,int2. Default: all.")] = "",
+    data: Annotated[str | None, typer.Option(metavar="FILE", help="Measure perplexity over these rows too.")] = None,
+    limit: Annotated[int | None, typer.Option(metavar="N", help="Only the first rows.", min=1)] = None,
+    max_length: Annotated[
+        int | None, typer.Option(metavar="N", help="Tokens that are read of a row: the model's context.", min=2)
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Print every layer's figures too.")] = False,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the error by layer: .png or .svg.")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="quantization.block_size=128, say. Repeatable."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure every data type on a model: error, bits, speed and, with --data, perplexity.
+
+    Example: qlora inspect configs/quickstart/base --types nf4,int2
+    """
+    from qlora_cli.recipe.of_model import DATA_TYPES, recipe_of_model
+
+    with problems_as_json(as_json):
+        if data is None and (limit or max_length):
+            raise UserError("--limit, --max-length", "are about the rows of --data", "name them, or leave it out")
+        names = types.split(",") if types else DATA_TYPES
+        checked = recipe_of_model(model, names, {"path": data, "limit": limit} if data else None, overrides or ())
+        quiet_libraries(checked)
+        from qlora_cli import commands, display, report
+
+        if plot:
+            report.check_plot(plot)
+        result = commands.inspect(checked, names, display.make_report(), max_length)
+        if plot:
+            report.write_plot(plot, result)
+    if as_json:
+        print_json(result)
+    else:
+        display.print_inspection(result, layers)
+
+
+@app.command()
+def quantize(
+    target: Annotated[str, typer.Argument(metavar="RECIPE|MODEL", help="A recipe, or a model folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="The new folder.", show_default=False)],
+    overrides: Overrides = None,
+    as_json: AsJson = False,
+) -> None:
+    """Store a quantised base, with the adapter's start where adapter.init changes the base.
+
+    Example: qlora quantize configs/quickstart/base --out small --set quantization.data_type=int2
+    """
+    from qlora_cli.recipe import load_recipe
+    from qlora_cli.recipe.of_model import recipe_to_quantize
+
+    with problems_as_json(as_json):
+        given = overrides or ()
+        checked = load_recipe(Path(target), given) if os.path.isfile(target) else recipe_to_quantize(target, given)
+        quiet_libraries(checked)
+        from qlora_cli import commands, display
+
+        result = commands.quantize(checked, display.make_report(), out)
+    if as_json:
+        print_json(result)
+    else:
+        display.print_quantized(result)
+
+
 def recipe_of(target: Path, overrides: list[str] | None) -> Recipe:
     """The recipe of a run folder, as it was understood when the run began, or the recipe in a file."""
     from qlora_cli.recipe import load_recipe

@@ -3,33 +3,41 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from datetime import date
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from qlora_cli.errors import UserError
+from qlora_cli.errors import Exit, UserError
 from qlora_cli.evaluate.generate import Answer, exact_match, generate_answers, prompt_and_reference
 from qlora_cli.evaluate.loss import held_out_loss
 from qlora_cli.merge.difference import compare, logits_of
 from qlora_cli.merge.merge import merge_adapter
 from qlora_cli.model.adapter import load_adapter
 from qlora_cli.model.base import AUTO_CLASSES, Base, default_device, find_base, fingerprint, load_base, quiet_loading
+from qlora_cli.model.prequantized import method_of, refuse_merge
+from qlora_cli.model.source import read_config
+from qlora_cli.model.start import changes_base
+from qlora_cli.model.stored_base import Making, start_folder
 from qlora_cli.model.whole_folder import MANIFEST, fault
+from qlora_cli.plan.inspect import inspect
 from qlora_cli.plan.preview import PAGE_ROWS, bad_rows, preview
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
 from qlora_cli.train import loop
+from qlora_cli.train.base import calibration_rows, quantize_base, recipe_of_base
 from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_seen
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, check_resume, claim, date_of, locked, read_facts, replace_text
 from qlora_cli.train.session import say_base
 from qlora_cli.train.signals import Interrupted
 
-__all__ = ["PAGE_ROWS", "Interrupted", "bad_rows", "evaluate", "merge", "preview", "train"]
+__all__ = ["PAGE_ROWS", "Interrupted", "bad_rows", "evaluate", "inspect", "merge", "preview", "quantize", "train"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Data types that a merged model can be written in."""
@@ -79,18 +87,20 @@ def evaluate(
             "no held-out data",
             "name rows that are not trained on: --set 'data.eval=[{path: heldout.jsonl}]'",
         )
-    found = find_base(recipe)
+    on_base = recipe_of_base(recipe, run)
+    found = find_base(on_base)
     examples = encode_role(recipe, found, "eval", report, date_of(run))
     refuse_seen(recipe, run_of(adapter) or run, examples)
     refuse_beyond_context(found, examples)
-    base = load_base(recipe, default_device(), found)
+    base = load_base(on_base, default_device(), found)
     say_base(report, recipe, base)
     say_if_another_base(run, base, report)
     rows = list(islice(examples.rows, limit))
     models: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
     if baseline:
-        models["base"], answers["base"] = measure(recipe, base, base.model, rows, report, "base")
+        with before_training(recipe, base, started=on_base is not recipe) as model:
+            models["base"], answers["base"] = measure(recipe, base, model, rows, report, "base")
     if adapter.exists():
         model = load_adapter(base, adapter)
         models["adapter"], answers["adapter"] = measure(recipe, base, model, rows, report, "adapter")
@@ -98,10 +108,43 @@ def evaluate(
     return {"rows": len(rows), "tokens": tokens, "models": models, "samples": samples(answers)}
 
 
+@contextmanager
+def before_training(recipe: Recipe, base: Base, *, started: bool) -> Iterator[Any]:
+    """The model that training began with: the base, with the adapter's start where that changed the base."""
+    if not started:
+        yield base.model
+        return
+    model = load_adapter(base, start_folder(base.folder, recipe.adapter))
+    yield model
+    model.unload()  # which gives the base its own layers back
+
+
 def run_of(adapter: Path) -> Run | None:
     """The run that an adapter's folder or checkpoint lies in, if it lies in one."""
     runs = (Run(folder) for folder in adapter.absolute().parents[:2])
     return next((run for run in runs if run.facts.exists()), None)
+
+
+def quantize(recipe: Recipe, report: Report, out: Path) -> dict[str, Any]:
+    """Stores the recipe's base quantised in the new folder `out`, with the adapter's start where that changes it."""
+    recipe = with_whole_paths(recipe)
+    refuse_overwriting(out)
+    if recipe.quantization.data_type == "int8" or (not changes_base(recipe.adapter) and stores_nothing(recipe)):
+        what = f"{recipe.quantization.data_type} is loaded from the full-precision checkpoint as it is"
+        raise UserError("quantization.data_type", what, "name another one: --set quantization.data_type=nf4")
+    found = find_base(recipe)
+    wanted = recipe.adapter.loftq.calibration
+    rows = encode_role(recipe, found, "train", report, date.today()).rows if wanted else ()
+    making = Making(report.say, default_device(), calibration_rows(recipe, rows))
+    table = quantize_base(recipe, found, out, making)
+    size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
+    return {"out": str(out), "bytes": size, "table": [asdict(line) for line in table]}
+
+
+def stores_nothing(recipe: Recipe) -> bool:
+    """Whether no weight is quantised."""
+    kinds = {recipe.quantization.data_type, recipe.quantization.embeddings, *recipe.quantization.overrides.values()}
+    return kinds == {"none"}
 
 
 def has_held_out(recipe: Recipe) -> bool:
@@ -155,6 +198,7 @@ class Unmerged:
     compute_dtype: torch.dtype
     device: torch.device
     same_base: bool  # as the run was trained on
+    stored: bool  # in `folder` as it was trained on, not to be quantised again
     rows: list[list[int]]
     logits: list[torch.Tensor]
 
@@ -179,6 +223,7 @@ def merge(
     refuse_damaged(run.adapter)
     out = out or run.folder / "merged"
     refuse_overwriting(out)
+    refuse_original(recipe, onto)
     unmerged = measure_unmerged(recipe, run, report)
     chosen = DTYPES[dtype] if dtype else unmerged.compute_dtype
     merged = merge_adapter(
@@ -189,7 +234,7 @@ def merge(
         compute_dtype=unmerged.compute_dtype,
         onto=onto,
         dtype=chosen,
-        quantized_modules=facts["base"]["quantized_modules"],
+        quantized_modules=() if unmerged.stored else facts["base"]["quantized_modules"],
         device=unmerged.device,
     )
     report.say(f"merged   {merged.num_changed} of {merged.num_tensors} tensors in {merged.seconds:.1f} s; comparing")
@@ -210,6 +255,13 @@ def merge(
     return result
 
 
+def refuse_original(recipe: Recipe, onto: str) -> None:
+    """Refuses weights as published where the adapter's start has taken a part out of them."""
+    if onto == "original" and changes_base(recipe.adapter):
+        what = f"the adapter started by {recipe.adapter.init}, whose correction the original weights do not need"
+        raise UserError("--base original", what, "leave the option out", Exit.REFUSED)
+
+
 def refuse_damaged(adapter: Path) -> None:
     """Refuses an adapter folder whose files are not those that its manifest signs; another tool's has no manifest."""
     if (adapter / MANIFEST).exists() and (reason := fault(adapter)):
@@ -224,15 +276,18 @@ def refuse_overwriting(out: Path) -> None:
 
 def measure_unmerged(recipe: Recipe, run: Run, report: Report) -> Unmerged:
     """Logits of base + adapter over the first 16 held-out rows, or training rows where there are none."""
-    found = find_base(recipe)
+    on_base = recipe_of_base(recipe, run)
+    found = find_base(on_base)
+    refuse_merge(read_config(found.folder), found.folder)
     examples = encode_role(recipe, found, "eval" if has_held_out(recipe) else "train", report, date_of(run))
-    base = load_base(recipe, default_device(), found)
+    base = load_base(on_base, default_device(), found)
     same_base = say_if_another_base(run, base, report)
     rows = [row.input_ids for row in examples.rows[:16]]
     model = load_adapter(base, run.adapter)
     with base.compute():
         logits = logits_of(model, rows, MEASURED_POSITIONS)
-    return Unmerged(base.folder, base.compute_dtype, base.device, same_base, rows, logits)
+    stored = on_base is not recipe or method_of(read_config(base.folder)) is not None
+    return Unmerged(base.folder, base.compute_dtype, base.device, same_base, stored, rows, logits)
 
 
 def roomy_device(device: torch.device, num_bytes: int) -> torch.device:

@@ -194,6 +194,58 @@ def print_merge(result: dict[str, Any]) -> None:
     )
 
 
+def print_quantized(result: dict[str, Any]) -> None:
+    """What was stored, and by how much an adapter's start brought the errors down."""
+    console = Console(highlight=False)
+    if table := result["table"]:
+        before, after = (sum(line[side] for line in table) / len(table) for side in ("before", "after"))
+        console.print(f"{len(table)} layers, mean error {before:.4f} -> {after:.4f}", soft_wrap=True)
+    console.print(f"{result['out']}  ({result['bytes']:,} bytes of weights)", soft_wrap=True)
+
+
+# ── inspect ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+FIGURES = (
+    ("bits", "bits", 1, ".3f"),
+    ("error", "error", 1, ".4f"),
+    ("quantise", "quantize_weights_per_s", 1e9, ".2g"),
+    ("dequantise", "dequantize_weights_per_s", 1e9, ".2g"),
+    ("perplexity", "perplexity", 1, ".4g"),
+)
+"""Columns of an inspection: heading, key, unit, format. Those without any figure are left out."""
+
+
+def print_inspection(result: dict[str, Any], layers: bool) -> None:
+    """What each data type makes of a model, in total; with `layers` layer by layer first."""
+    console = Console(highlight=False)
+    types = result["types"]
+    if layers:
+        console.print(inspection_table("layer", {layer["name"]: layer["types"] for layer in result["layers"]}), "")
+    for line in result["summary"]:
+        console.print(Text(visible(line)), soft_wrap=True)
+    console.print("", inspection_table("type", {"": types}), "", sep="\n")
+    console.print("largest error")
+    for kind, total in types.items():
+        console.print(f" {kind:<5} {total['worst']['error']:.4f}  {total['worst']['layer']}", soft_wrap=True)
+    for one in result["left_out"]:
+        console.print(Text(f"left out  {visible(str(UserError(**one)))}"), soft_wrap=True)
+
+
+def inspection_table(first: str, groups: dict[str, dict[str, Any]]) -> Table:
+    """The figures of every data type, in each group under its name."""
+    known = [figures for types in groups.values() for figures in types.values()]
+    columns = [column for column in FIGURES if any(figures.get(column[1]) is not None for figures in known)]
+    table = figures_table(first, [heading for heading, *_ in columns])
+    for name, types in groups.items():
+        if name:
+            table.add_row(name)
+        for kind, figures in types.items():
+            told = [(figures.get(key), unit, form) for _, key, unit, form in columns]
+            cells = ["-" if value is None else format(value / unit, form) for value, unit, form in told]
+            table.add_row(f"  {kind}" if name else kind, *cells)
+    return table
+
+
 # ── preview ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -22,8 +22,8 @@ from torch import Tensor
 
 from qlora_cli.quant import kernels
 from qlora_cli.quant.blockwise import Packed, quantize
-from qlora_cli.quant.linear import Storage
-from qlora_cli.quant.loftq import loftq
+from qlora_cli.quant.loftq import Alternation, loftq
+from qlora_cli.quant.packed import Storage
 
 THEIRS = "PEFT's steps"
 
@@ -66,7 +66,7 @@ def ours(weight: Tensor, rank: int, iterations: int) -> float:
         packed = quantize(rows, storage.code, storage.block_size, storage.double_quant)
         return packed, kernels.dequantize(packed, storage.code, storage.block_size, rows.shape, torch.float32)
 
-    return loftq(weight, quantizer, rank, 1.0, iterations).error
+    return loftq(weight, quantizer, rank, 1.0, Alternation(iterations)).error
 
 
 def theirs(weight: Tensor, rank: int, iterations: int) -> float:

@@ -1,11 +1,12 @@
-"""What each data type costs: relative error on Gaussian and on real weights at its real bits, and CPU speed.
+"""What each data type costs: relative error on Gaussian and on real weights at its real bits, and speed.
 
-    python scripts/code_errors.py ../shared/data [--json FILE]
+    python scripts/code_errors.py ../shared/data [--device cuda] [--json FILE]
 
 Errors are ‖W − Q‖ / ‖W‖ in blocks of 64 with double quantisation, over a Gaussian matrix, four attention matrices of
 GPT-2 (weights/gpt2-matrices, 768 × 768 fp32, big-endian) and all linear weights of two tiny story models. Bits are
 counted from the stored tensors. Speed: bfloat16 values of a 1024 × 1024 weight per second on one thread, beside
-bitsandbytes' own nf4 in the same run, best of 20, ABBA.
+bitsandbytes' own nf4 in the same run, best of 20, ABBA. On a GPU of an 8192 × 8192 weight, ten calls at a time, and
+beside it the share of copy bandwidth: bytes read and written per second over those of a copy of as much as is written.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 from qlora_cli.quant import blockwise, kernels
 from qlora_cli.quant.blockwise import Code, Packed, quantize
 from qlora_cli.quant.codebooks import lloyd_max
-from qlora_cli.quant.linear import Storage, tensors_of
+from qlora_cli.quant.packed import Storage, tensors_of
 
 BLOCK = 64
 GPT2 = ("query", "key", "value", "proj")
@@ -52,20 +53,21 @@ def main() -> None:
     """The table, a line per data type."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("data", type=Path)
+    parser.add_argument("--device", choices=SIZE, default="cpu", help="where speed is measured")
     parser.add_argument("--json", type=Path, help="where every figure goes")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     weights = read_weights(arguments.data / "weights")
     found = []
-    print(f"| data type | bits | {' | '.join(weights)} | speed ÷ bitsandbytes' nf4 |")
-    print("|---" * (len(weights) + 3) + "|")
+    ratios = ["speed ÷ bitsandbytes' nf4", *(["share of copy bandwidth"] if arguments.device == "cuda" else [])]
+    print(f"| data type | bits | {' | '.join([*weights, *ratios])} |")
+    print("|---" * (len(weights) + len(ratios) + 2) + "|")
     for name, code in TYPES.items():
         errors = {of: error(matrices, code) for of, matrices in weights.items()}
-        bits, speed = stored_bits(weights["Gaussian"][0], code), relative_speed(code)
-        found.append({"type": name, "bits": bits, "errors": errors, "speed": speed})
-        print(
-            f"| {name} | {bits:.3f} | {' | '.join(f'{one:.4f}' for one in errors.values())} | {speed:.2f} |", flush=True
-        )
+        bits, speeds = stored_bits(weights["Gaussian"][0], code), relative_speeds(code, arguments.device)
+        found.append({"type": name, "bits": bits, "errors": errors, **speeds})
+        figures = [*(f"{one:.4f}" for one in errors.values()), *(f"{one:.2f}" for one in speeds.values())]
+        print(f"| {name} | {bits:.3f} | {' | '.join(figures)} |", flush=True)
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")
 
@@ -99,22 +101,51 @@ def stored_bits(matrix: Tensor, code: Code) -> float:
     return 8 * sum(one.numel() * one.element_size() for one in tensors) / matrix.numel()
 
 
-def relative_speed(code: Code, turns: int = 20) -> float:
-    """Values per second beside those of bitsandbytes' nf4, scales in fp32 for both."""
-    matrix = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0))
+def relative_speeds(code: Code, device: str, turns: int = 20) -> dict[str, float]:
+    """speed: values per second beside those of bitsandbytes' nf4, scales in fp32 for both; on a GPU copy_share too."""
+    matrix = torch.randn(SIZE[device], generator=torch.Generator().manual_seed(0)).to(device)
     packed: Packed = quantize(matrix, code, BLOCK, double_quant=False)
     theirs, state = functional.quantize_4bit(matrix.bfloat16(), quant_type="nf4", blocksize=BLOCK)
     runs: dict[str, Callable[[], Any]] = {
         "ours": lambda: kernels.dequantize(packed, code, BLOCK, matrix.shape, torch.bfloat16),
         "theirs": lambda: functional.dequantize_4bit(theirs, state),
     }
+    if device == "cuda":
+        source, target = (torch.zeros_like(matrix, dtype=torch.bfloat16) for _ in range(2))
+        runs["copy"] = lambda: target.copy_(source)
     best = dict.fromkeys(runs, float("inf"))
     for turn in range(turns):
         for name in [*runs][:: 1 if turn % 2 == 0 else -1]:
-            started = time.perf_counter()
-            runs[name]()
-            best[name] = min(best[name], time.perf_counter() - started)
-    return best["theirs"] / best["ours"]
+            best[name] = min(best[name], TIMED[device](runs[name]))
+    speeds = {"speed": best["theirs"] / best["ours"]}
+    if device == "cuda":
+        moved = target.nbytes + sum(one.nbytes for one in tensors_of(packed).values() if one is not None)
+        speeds["copy_share"] = (moved / best["ours"]) / (2 * target.nbytes / best["copy"])
+    return speeds
+
+
+def timed_on_cpu(run: Callable[[], Any]) -> float:
+    """Seconds of one call."""
+    started = time.perf_counter()
+    run()
+    return time.perf_counter() - started
+
+
+def timed_on_gpu(run: Callable[[], Any], calls: int = 10) -> float:
+    """Seconds of one call by the GPU's clock, of some in a row, so that it need not wait for the launch of each."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(calls):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000 / calls
+
+
+SIZE = {"cpu": (1024, 1024), "cuda": (8192, 8192)}
+"""Of the weight whose speed is measured, by device; on a GPU larger than its cache."""
+
+TIMED = {"cpu": timed_on_cpu, "cuda": timed_on_gpu}
 
 
 if __name__ == "__main__":

@@ -109,7 +109,9 @@ def test_bench_loading_runs(tmp_path: Path) -> None:
     result = tmp_path / "result.json"
     command = [sys.executable, str(ROOT / "scripts/bench_loading.py"), "--layers", "2", "--hidden", "128"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, "--json", str(result)], check=True, cwd=ROOT, env=environment, capture_output=True)
-    found = json.loads(result.read_text())
-    assert found["embedding_bytes"] == 2 * 2 * 32000 * 128
-    assert found["embedding_bytes"] < found["model_bytes"] < found["file_bytes"]
+    for embeddings, head_and_embedding in (("none", 2 * 2 * 32000 * 128), ("nf4", 2.516 * 32000 * 128)):
+        options = ["--embeddings", embeddings, "--json", str(result)]
+        subprocess.run([*command, *options], check=True, cwd=ROOT, env=environment, capture_output=True)
+        found = json.loads(result.read_text())
+        assert found["embedding_bytes"] == pytest.approx(head_and_embedding, rel=1e-3)
+        assert found["embedding_bytes"] < found["model_bytes"] < found["file_bytes"]

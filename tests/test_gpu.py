@@ -12,12 +12,22 @@ from safetensors.torch import load_file
 from qlora_cli import commands
 from qlora_cli.display import QuietReport
 from qlora_cli.model.base import load_base
+from qlora_cli.quant import blockwise, kernels
+from qlora_cli.quant.blockwise import Code, Packed, quantize
+from qlora_cli.quant.codebooks import CODE_BOOKS
+from qlora_cli.quant.data_types import CODES, UNIFORM
 from qlora_cli.quant.layers import quantized_modules
 from qlora_cli.quant.roundtrip import module_digest, quantized, quantized_digest
+from qlora_cli.quant.scales import Scales
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
+PACKED = {
+    **{name: code(False, "auto") for name, code in CODES.items()},
+    **{f"{name} with zero point": CODES[name](True, "absmax") for name in UNIFORM},
+    "nf8": Code(8, CODE_BOOKS["nf8"]),
+}
 
 
 def train(recipe: Any, **how: Any) -> Path:
@@ -32,6 +42,46 @@ def test_a_weight_is_quantised_to_the_same_bytes_on_both_devices(data_type):
     on_cpu = quantized(weight, data_type, True, 64, torch.bfloat16)
     on_gpu = quantized(weight.to(GPU), data_type, True, 64, torch.bfloat16)
     assert torch.equal(on_cpu.data.view(torch.uint8).flatten(), on_gpu.data.cpu().view(torch.uint8).flatten())
+
+
+@pytest.mark.parametrize("block_size", [16, 20, 64, 96, 4096])
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_weights_are_dequantised_to_the_bits_of_the_cpu(name, block_size):
+    """Sizes as in test_triton_kernels.py; scales from the smallest of fp32, whose values are not flushed to zero."""
+    code, number = PACKED[name], (4096 // block_size + 4) | 1
+    weight = torch.randn((number, block_size), generator=torch.Generator().manual_seed(0))
+    for smallest in (-40, -3):
+        sized = weight * torch.logspace(smallest, 1, number).unsqueeze(1)
+        for double_quant in (False, True):
+            packed = quantize(sized, code, block_size, double_quant)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16):
+                on_gpu = kernels.dequantize(on(GPU, packed), code, block_size, weight.shape, dtype).cpu()
+                on_cpu = blockwise.dequantize(packed, code, weight.shape, dtype)
+                assert torch.equal(on_gpu.view(torch.uint8), on_cpu.view(torch.uint8)), (smallest, double_quant, dtype)
+
+
+def on(device: torch.device, packed: Packed) -> Packed:
+    """The same weight on another device."""
+    scales = (packed.scales.values, packed.scales.absmax, packed.scales.offset)
+    values, absmax, offset, zeros = (None if one is None else one.to(device) for one in (*scales, packed.zeros))
+    return Packed(packed.codes.to(device), Scales(values, absmax, offset), zeros)
+
+
+@pytest.mark.parametrize("name", ["int4", "int2"])
+def test_a_packed_weight_of_more_than_2_to_the_31_values_is_dequantised_to_its_end(name):
+    code, number = PACKED[name], 2**31 + 2**20
+    if not kernels.HAS_TRITON or torch.cuda.mem_get_info()[0] < 8 * 2**30:
+        pytest.skip("needs Triton and 8 GiB of GPU memory")
+    random = torch.Generator(GPU).manual_seed(0)
+    codes = torch.randint(0, 256, (number * code.bits // 8,), generator=random, dtype=torch.uint8, device=GPU)
+    scales = torch.rand(number // 64, generator=random, device=GPU)
+    found = kernels.dequantize(Packed(codes, Scales(scales)), code, 64, torch.Size((number,)), torch.bfloat16)
+    half = number // 2  # whose end and the tensor's end are in the last bytes of 2-bit codes
+    ends = [number] if code.bits > 2 else [half, number]
+    tail = torch.cat([scales[end // 64 - 64 : end // 64] for end in ends])
+    last = Packed(codes[-64 * 64 * len(ends) * code.bits // 8 :], Scales(tail))
+    wanted = blockwise.dequantize(last, code, torch.Size((64 * 64 * len(ends),)), torch.bfloat16)
+    assert torch.equal(torch.cat([found[end - 64 * 64 : end] for end in ends]), wanted)
 
 
 @pytest.mark.parametrize("data_type", ["nf4", "none"])

@@ -25,7 +25,6 @@ RULED = {"data.eval[0].weight": 2.0}
 NOT_YET: dict[str, list[Any]] = {
     "model.num_labels": [2],
     "model.added_tokens": [["<think>"]],
-    "quantization.embeddings": ["nf4"],
     "adapter.loftq.iterations": [1],
     "training.torch_compile": [True],
     "training.neftune_noise_alpha": [5],

@@ -164,7 +164,7 @@ def _count(portion: Portion, result: Result, wanted: Wanted, counted: _Count, se
 
 
 def _refuse_unfit(wanted: Wanted, num_examples: int, seen: _Seen) -> None:
-    """Refuses rows of which some are too long, none is left, or none teaches the model to stop."""
+    """Refuses rows of which some are too long, none is left, or none, where they are trained on, teaches to stop."""
     num_rows = seen.num_rows
     place = f"data.{wanted.role}"
     if seen.long:
@@ -176,7 +176,7 @@ def _refuse_unfit(wanted: Wanted, num_examples: int, seen: _Seen) -> None:
         )
         raise Unfit(where, what, "raise the limit, or set data.on_long_row to truncate or skip", seen)
     if num_examples:
-        if not seen.tally["num_stops"]:
+        if not seen.tally["num_stops"] and wanted.role == "train":
             what = "no row is left that ends with a stop token, so the model would never learn to stop"
             raise Unfit(place, what, "raise the length limit, or set data.on_long_row: skip", seen)
         return

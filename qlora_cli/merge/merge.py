@@ -19,15 +19,13 @@ from torch import Tensor
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.merge.adapter_delta import Adapter, Update, plan_updates, read_adapter, updated
 from qlora_cli.model.layout import Layout, read_layout
+from qlora_cli.model.ordinary import Ordinary, ordinary
 from qlora_cli.model.safetensors_stream import (
     INDEX,
     SINGLE,
-    Checkpoint,
     Entry,
     SafetensorsWriter,
     disk,
-    read_checkpoint,
-    read_tensor,
     sync_folder,
 )
 from qlora_cli.quant.layers import layer_values
@@ -56,7 +54,7 @@ class Merged:
 class _Plan:
     """One merge, read and checked before anything is written."""
 
-    checkpoint: Checkpoint
+    base: Ordinary
     adapter: Adapter
     updates: dict[str, Update]  # by live parameter name
     layout: Layout
@@ -98,19 +96,21 @@ def merge_adapter(
     Raises UserError for inputs that do not fit, and with exit code FAILED for a full disk or weights beyond `dtype`.
     """
     started = time.perf_counter()
-    layout, checkpoint, lora = read_layout(base, compute_dtype), read_checkpoint(base), read_adapter(adapter)
+    layout, source, lora = read_layout(base, compute_dtype), ordinary(base, compute_dtype), read_adapter(adapter)
+    checkpoint = source.checkpoint
     shapes = {full: e.shape for name, e in checkpoint.entries().items() if (full := layout.parameter(name))}
     weights = frozenset(f"{module}.weight" for module in quantized_modules)
-    if absent := sorted(weights - set(shapes)):
+    tied = {f"{module}.weight" for module in layout.tied}  # of which the checkpoint needs to have one
+    if absent := sorted(weights - set(shapes) - (tied if tied & set(shapes) else set())):
         raise UserError(base, f"no tensor for the quantised weight {absent[0]}", "name the base that was trained on")
     updates = plan_updates(lora, shapes, layout)
     where = torch.device(device)
-    plan = _Plan(checkpoint, lora, updates, layout, weights, quantization, compute_dtype, onto, dtype, where)
+    plan = _Plan(source, lora, updates, layout, weights, quantization, compute_dtype, onto, dtype, where)
     written = [plan.written(entry) for entry in checkpoint.entries().values()]
     num_bytes = sum(entry.num_bytes for entry in written)
     with _new_folder(out, num_bytes) as partial:
         for shard, entries in checkpoint.shards.items():
-            _write_shard(partial / shard, checkpoint.folder / shard, entries, plan, on_tensor)
+            _write_shard(partial / shard, base / shard, entries, plan, on_tensor)
         with disk(out, num_bytes):
             _write_beside(plan, partial, num_bytes)
     return Merged(out, len(written), len(updates), num_bytes, time.perf_counter() - started)
@@ -120,9 +120,10 @@ def _trained_on(plan: _Plan, name: str, stored: Tensor) -> Tensor:
     """The value that the live layer used in training, in its stored orientation and in a dtype that holds it."""
     if name not in plan.quantized:
         return stored.to(plan.compute_dtype)
-    transposed = name.removesuffix(".weight") in plan.layout.conv1d
+    module = name.removesuffix(".weight")
+    transposed = module in plan.layout.conv1d
     rows = stored.T if transposed else stored  # what is quantised is (out_features, in_features)
-    values = layer_values(rows, plan.storage, name.removesuffix(".weight"), plan.compute_dtype)
+    values = layer_values(rows, plan.storage, module, plan.compute_dtype, module in plan.layout.embeddings)
     return values.T if transposed else values
 
 
@@ -139,7 +140,7 @@ def _write_shard(target: Path, source: Path, entries: list[Entry], plan: _Plan, 
     written = [plan.written(entry) for entry in entries]
     with SafetensorsWriter(target, written, metadata={"format": "pt"}) as writer:
         for entry in written:
-            tensor = read_tensor(source, entry.name)
+            tensor = plan.base.read(source, entry.name)
             name = plan.layout.parameter(entry.name)
             if name is not None and tensor.is_floating_point():
                 tensor = _merged(plan, name, tensor.to(plan.device))
@@ -192,14 +193,16 @@ def _new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
 
 def _write_beside(plan: _Plan, folder: Path, num_bytes: int) -> None:
     """config.json, generation_config.json, the index, tokenizer and chat template."""
-    base, adapter = plan.checkpoint.folder, plan.adapter.folder
+    base, adapter = plan.base.checkpoint.folder, plan.adapter.folder
     config = json.loads((base / "config.json").read_bytes())
-    config.pop("torch_dtype", None)
+    for name in ("torch_dtype", "quantization_config"):
+        config.pop(name, None)
     _write_json(folder / "config.json", config | {"dtype": str(plan.dtype).removeprefix("torch.")})
     if (base / "generation_config.json").is_file():
         _write(folder / "generation_config.json", (base / "generation_config.json").read_bytes())
-    if SINGLE not in plan.checkpoint.shards:
-        weight_map = {entry.name: shard for shard, entries in plan.checkpoint.shards.items() for entry in entries}
+    shards = plan.base.checkpoint.shards
+    if SINGLE not in shards:
+        weight_map = {entry.name: shard for shard, entries in shards.items() for entry in entries}
         _write_json(folder / INDEX, {"metadata": {"total_size": num_bytes}, "weight_map": weight_map})
     complete = any((adapter / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     for source in [adapter] if complete else [base, adapter]:  # a template alone replaces the base's

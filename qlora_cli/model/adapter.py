@@ -11,8 +11,11 @@ from torch import nn
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.base import Base
+from qlora_cli.model.prequantized import RECORD
 from qlora_cli.model.source import read_json
-from qlora_cli.quant.layers import quantized_modules
+from qlora_cli.model.whole_folder import MANIFEST, content_name
+from qlora_cli.quant.gptq import package_layers
+from qlora_cli.quant.layers import quantized_linear, quantized_modules
 from qlora_cli.quant.linear4bit import reads_plainly
 from qlora_cli.recipe.schema import Adapter
 
@@ -63,6 +66,7 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
+        refuse_other_base(base, folder, config.base_model_name_or_path)
         check_config(base.model, config)
         model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable, config=config)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
@@ -83,6 +87,37 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
     # again, now into fp32: PEFT had loaded modules_to_save into copies in the base's dtype
     peft.set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
     return model
+
+
+AROUND = ".."
+"""How the start of an adapter in a stored base names that base: the folder that it lies in, whatever its name."""
+
+_CONTENT = re.compile("[0-9a-f]{64}")
+
+
+def refuse_other_base(base: Base, folder: Path, named: str | None) -> None:
+    """Refuses an adapter whose start belongs to a stored base on any other.
+
+    A stored base is told by its content, which a run has for the folder's name.
+    """
+    owner = folder.absolute().parent if named == AROUND else Path(named or "")
+    wanted = owner.name if _CONTENT.fullmatch(owner.name) else _stored_content(owner)
+    if wanted is None and named != AROUND:
+        return
+    if wanted is not None and _stored_content(base.folder) == wanted:
+        return
+    if wanted is None:
+        what = "the adapter is the start that lay in a stored base, and is not in it any more"
+        raise UserError(folder, what, "name it where it was stored", Exit.REFUSED)
+    what = f"the adapter belongs to the base {owner}, and this is {base.folder}: its start would be counted twice"
+    raise UserError(folder, what, f"set model.name_or_path: {owner}", Exit.REFUSED)
+
+
+def _stored_content(folder: Path) -> str | None:
+    """The content name of a base that an adapter's start changed; None for any other folder."""
+    if not all((folder / name).is_file() for name in (RECORD, MANIFEST)):
+        return None
+    return content_name(folder) if read_json(folder / RECORD, "it says what the base is").get("table") else None
 
 
 def adapter_tensor_names(folder: Path) -> set[str]:
@@ -134,7 +169,8 @@ def linear_names(model: nn.Module) -> list[str]:
     """Full names of the modules that LoRA can wrap, the output head among them."""
     from transformers.pytorch_utils import Conv1D
 
-    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+    kinds = (nn.Linear, Conv1D, *package_layers())
+    return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
 def target_modules(model: Any, adapter: Adapter) -> str | list[str]:
@@ -142,7 +178,8 @@ def target_modules(model: Any, adapter: Adapter) -> str | list[str]:
 
     all-linear and names go through as they are, since servers read them. A regular expression becomes the names it
     matches (PEFT would match it against every module, and stop at the first that is not linear), and so does
-    everything where `layers` narrows it (PEFT refuses layers beside all-linear).
+    everything where `layers` narrows it (PEFT refuses layers beside all-linear), and all-linear on a GPTQ or AWQ base
+    (PEFT would pass over its layers).
     """
     targets, names = adapter.target_modules, linear_names(model)
     if targets != "all-linear":
@@ -153,7 +190,8 @@ def target_modules(model: Any, adapter: Adapter) -> str | list[str]:
     else:
         chosen = [name for name in names if model.get_submodule(name) is not model.get_output_embeddings()]
     if adapter.layers is None:
-        return targets
+        by_name = any(isinstance(module, package_layers()) for module in model.modules())
+        return chosen if targets == "all-linear" and by_name else targets
     known = {index for name in names if (index := _layer_of(name)) is not None}
     for layer in adapter.layers:
         if layer not in known:
@@ -197,13 +235,14 @@ def check_config(model: Any, config: Any) -> None:
     refuse_tied(model, [*(config.modules_to_save or []), *targets])
     quantized = quantized_modules(model)
     for wanted in config.modules_to_save or []:
-        if any(_is_suffix(wanted, name) for name in quantized):
+        if found := [module for name, module in quantized.items() if _is_suffix(wanted, name)]:
+            embedding = isinstance(found[0], nn.Embedding)
             raise UserError(
                 "adapter.modules_to_save",
                 f"{wanted} is quantised, and what is trained in full must not be",
-                f"add {wanted} to quantization.skip_modules",
+                "set quantization.embeddings: none" if embedding else f"add {wanted} to quantization.skip_modules",
             )
-    odd = [name for name, module in quantized.items() if not reads_plainly(module)]
+    odd = [name for name, module in quantized_linear(model).items() if not reads_plainly(module)]
     if config.use_dora and odd:
         raise UserError(
             "adapter.use_dora",

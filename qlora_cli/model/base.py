@@ -16,12 +16,16 @@ import torch
 from torch import nn
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.model.source import fetch_weights, file_of, locate
+from qlora_cli.model.prequantized import merge_note, method_of, refuse_damaged, refuse_start, refuse_storage_keys
+from qlora_cli.model.source import fetch_weights, file_of, locate, read_config
 from qlora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
-from qlora_cli.quant.bitsandbytes import disarm_cpu_repacking
+from qlora_cli.quant.bitsandbytes import compute_in, disarm_cpu_repacking, faster_quantiser
+from qlora_cli.quant.gptq import BACKENDS, choose_kernel, make_trainable
 from qlora_cli.quant.layers import (
     left_as_they_are,
+    num_embeddings,
     quantization_config,
+    quantized_linear,
     quantized_modules,
     skip_patterns,
     stored_tensors,
@@ -97,6 +101,8 @@ def find_base(recipe: Recipe) -> Found:
     Raises UserError where the folder or its tokenizer are not fit to train on.
     """
     folder = locate(recipe.model)
+    refuse_storage_keys(recipe.quantization, read_config(folder), folder)
+    refuse_start(recipe.adapter, read_config(folder), folder)
     tokenizer = load_tokenizer(folder, recipe.model)
     return Found(folder, tokenizer, stop_token_ids(folder, tokenizer), load_config(folder, recipe.model))
 
@@ -111,22 +117,25 @@ def load_config(folder: Path, model: Model) -> Any:
         raise _unloadable(folder, error) from error
 
 
-def load_base(recipe: Recipe, device: torch.device, found: Found | None = None) -> Base:
+def load_base(recipe: Recipe, device: torch.device, found: Found | None = None, *, packed: bool = False) -> Base:
     """The recipe's base model on `device`, frozen, its linear weights quantised, in evaluation mode.
 
+    packed: quantised by our own layers alone, whose weights can be changed and stored.
     Raises UserError where the folder, its weights or its tokenizer are not fit to train on.
     """
     found = found or find_base(recipe)
     fetch_weights(recipe.model, found.folder)
+    refuse_damaged(found.folder)
     dtype = compute_dtype_for(recipe.quantization.compute_dtype, device)
-    model = load_model(recipe, found.folder, dtype, device)
-    check_vocabulary(found.tokenizer, model.get_input_embeddings().weight.shape[0], found.folder)
-    note = INT8_ON_CPU if recipe.quantization.data_type == "int8" and device.type == "cpu" else ""
+    model = load_model(recipe, found.folder, dtype, device, packed=packed)
+    check_vocabulary(found.tokenizer, num_embeddings(model), found.folder)
+    int8_on_cpu = recipe.quantization.data_type == "int8" and device.type == "cpu"
+    note = INT8_ON_CPU if int8_on_cpu else merge_note(read_config(found.folder))
     known = (found.folder, found.tokenizer, found.stop_token_ids, found.config)
     return Base(*known, model, dtype, bytes_by_type(model), note)
 
 
-def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device, *, packed: bool = False) -> Any:
     """The model alone: quantised while it loads, every weight from the checkpoint, nothing trainable."""
     import transformers
 
@@ -134,14 +143,18 @@ def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.d
 
     auto = getattr(transformers, AUTO_CLASSES[recipe.model.task])
     skipped = skip_patterns(recipe.quantization)
+    method = method_of(read_config(folder))
     attention = recipe.model.attn_implementation
-    arguments = {} if attention == "auto" else {"attn_implementation": attention}
+    arguments: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    if method in BACKENDS:
+        arguments["config"] = choose_kernel(load_config(folder, recipe.model))
+    elif method is None:  # else config.json says it, and even None would overrule that
+        arguments["quantization_config"] = quantization_config(recipe.quantization, dtype, packed)
     try:
-        with quiet_loading():
+        with quiet_loading(), faster_quantiser():
             model, info = auto.from_pretrained(
                 folder,
                 dtype=dtype,
-                quantization_config=quantization_config(recipe.quantization, dtype),
                 device_map={"": device},
                 trust_remote_code=recipe.model.trust_remote_code,
                 local_files_only=True,
@@ -158,7 +171,10 @@ def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.d
     check_complete(folder, info)
     disarm_cpu_repacking(model)
     work_round_cpu_dequantize(model)
-    if recipe.quantization.data_type != "none":
+    if method is not None:
+        compute_in(model, dtype)
+        make_trainable(model)
+    elif recipe.quantization.data_type != "none":
         check_share_quantized(model, [*skipped, *left_as_they_are(model, recipe.quantization)])
     model.requires_grad_(False)
     return model.eval()
@@ -224,7 +240,7 @@ def check_skipped(model: Any, skip_modules: list[str] | str) -> None:
     """
     from transformers.quantizers.quantizers_utils import should_convert_module
 
-    for name, module in quantized_modules(model).items():
+    for name, module in quantized_linear(model).items():
         if module is model.get_output_embeddings() and getattr(model.config, "tie_word_embeddings", False):
             raise UserError(
                 "quantization.skip_modules",
@@ -249,7 +265,7 @@ def check_share_quantized(model: nn.Module, skip_modules: list[str] | str) -> No
 
     skipped = [skip_modules] if isinstance(skip_modules, str) else list(skip_modules)
     quantized = quantized_modules(model)
-    done = sum(module.in_features * module.out_features for module in quantized.values())
+    done = sum(module.in_features * module.out_features for module in quantized_linear(model).values())
     left: Counter[str] = Counter()
     for name, module in model.named_modules():
         if name in quantized or isinstance(module, nn.Embedding) or not should_convert_module(name, skipped):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from qlora_cli.errors import UserError
+from qlora_cli.quant.data_types import QUANT_METHOD
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,7 @@ class Layout:
     parameters: frozenset[str]
     conv1d: frozenset[str]  # modules whose weight is stored (in_features, out_features)
     tied: frozenset[str]  # modules that share their weight with another
+    embeddings: frozenset[str]  # modules whose weight is the input embedding's: it, and what is tied to it
 
     def parameter(self, name: str) -> str | None:
         """The live name of a checkpoint tensor, or None where it is none of the parameters (a buffer)."""
@@ -28,19 +31,44 @@ class Layout:
 def read_layout(folder: Path, compute_dtype: torch.dtype) -> Layout:
     """Build the folder's model on the meta device, without memory, and read its names.
 
-    Raises UserError where config.json is missing or damaged, already quantised, of a class that transformers does not
-    have, or of one that keeps some weights in float32 beside compute_dtype.
+    Raises UserError as `meta_model` does, and for a class that keeps some weights in float32 beside compute_dtype.
+    """
+    from transformers.pytorch_utils import Conv1D
+
+    model = meta_model(folder)
+    if kept := _kept_in_fp32(model, compute_dtype):
+        what = f"merging {type(model).__name__} in {compute_dtype} is not available yet"
+        todo = "train it with quantization.compute_dtype: float32"
+        raise UserError(folder, f"{what}: it keeps {', '.join(kept)} in float32", todo)
+    shared = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    embedding = model.get_input_embeddings().weight
+    return Layout(
+        prefix=model.base_model_prefix,
+        parameters=frozenset(parameters),
+        conv1d=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
+        tied=frozenset(name.rpartition(".")[0] for name, p in parameters.items() if shared[id(p)] > 1),
+        embeddings=frozenset(name.rpartition(".")[0] for name, p in parameters.items() if p is embedding),
+    )
+
+
+def meta_model(folder: Path) -> Any:
+    """The model of a folder with ordinary layers, on the meta device: names and shapes without memory.
+
+    Raises UserError where config.json is missing or damaged, of a checkpoint that is quantised by others, or of a class
+    that transformers does not have.
     """
     import transformers
-    from transformers.pytorch_utils import Conv1D
 
     try:
         config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         cause = str(error).strip().partition("\n")[0]
         raise UserError(folder / "config.json", f"cannot be read ({cause})", "name a transformers folder") from error
-    if getattr(config, "quantization_config", None) is not None:
-        raise UserError(folder, "this base is stored quantised", "name the folder of its 16- or 32-bit weights")
+    if (stored := getattr(config, "quantization_config", None)) is not None:
+        if stored.get("quant_method") != QUANT_METHOD:
+            raise UserError(folder, "this base is stored quantised", "name the folder of its 16- or 32-bit weights")
+        del config.quantization_config
     architecture = (config.architectures or ["none"])[0]
     model_class = getattr(transformers, architecture, None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
@@ -50,21 +78,7 @@ def read_layout(folder: Path, compute_dtype: torch.dtype) -> Layout:
             "use the adapter unmerged",
         )
     with torch.device("meta"):
-        model = model_class(config)
-    if kept := _kept_in_fp32(model, compute_dtype):
-        raise UserError(
-            folder,
-            f"merging {architecture} in {compute_dtype} is not available yet: it keeps {', '.join(kept)} in float32",
-            "train it with quantization.compute_dtype: float32",
-        )
-    shared = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    return Layout(
-        prefix=model.base_model_prefix,
-        parameters=frozenset(parameters),
-        conv1d=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
-        tied=frozenset(name.rpartition(".")[0] for name, p in parameters.items() if shared[id(p)] > 1),
-    )
+        return model_class(config)
 
 
 def _kept_in_fp32(model: torch.nn.Module, compute_dtype: torch.dtype) -> list[str]:

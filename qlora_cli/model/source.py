@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import Exit, UserError
+from qlora_cli.model.prequantized import refuse_unknown_method
 from qlora_cli.recipe.schema import Model
 
 PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "consolidated.00.pth", "model.ckpt")
@@ -70,19 +71,18 @@ def download(model: Model, patterns: list[str]) -> Path:
 
 
 def check_config(folder: Path) -> None:
-    """Refuses a model that is quantised already or has an encoder."""
-    config = read_json(folder / "config.json", "a transformers model folder needs it")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise UserError(
-            folder / "config.json",
-            f"the checkpoint is already quantised ({method}), which is not available yet",
-            "start from the full-precision checkpoint",
-        )
+    """Refuses a model that is quantised in a way we do not load, or has an encoder."""
+    config = read_config(folder)
+    refuse_unknown_method(config, folder)
     if config.get("is_encoder_decoder"):
         raise UserError(
             folder / "config.json", "an encoder-decoder model, which is not available yet", "use a decoder-only model"
         )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """What config.json says."""
+    return read_json(folder / "config.json", "a transformers model folder needs it")
 
 
 def check_weights(folder: Path) -> None:

@@ -23,7 +23,7 @@ Files = dict[str, dict[str, int | str]]
 """Size and SHA-256 of each file of a folder, by its path in it."""
 
 
-def publish(folder: Path, write: Callable[[Path], None]) -> Path:
+def publish(folder: Path, write: Callable[[Path], object]) -> Path:
     """Makes `folder` appear with all that `write` puts into it and a manifest, or not at all.
 
     Raises UserError (exit 1) where the disk is full or the place cannot be written.
@@ -31,7 +31,7 @@ def publish(folder: Path, write: Callable[[Path], None]) -> Path:
     return _publish(folder, write, lambda files: folder)
 
 
-def publish_by_content(parent: Path, write: Callable[[Path], None]) -> Path:
+def publish_by_content(parent: Path, write: Callable[[Path], object]) -> Path:
     """As `publish`, but the folder's name is the SHA-256 (hex) of its content: see `content_name`."""
     return _publish(parent / "new", write, lambda files: parent / _digest(files))
 
@@ -45,7 +45,7 @@ def _digest(files: Files) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
-def _publish(folder: Path, write: Callable[[Path], None], name: Callable[[Files], Path]) -> Path:
+def _publish(folder: Path, write: Callable[[Path], object], name: Callable[[Files], Path]) -> Path:
     """Writes beside `folder` and gives it the name that its files call for."""
     aside = folder.with_name(f".{folder.name}.tmp")
     try:
@@ -55,7 +55,7 @@ def _publish(folder: Path, write: Callable[[Path], None], name: Callable[[Files]
         files = sorted(path for path in aside.rglob("*") if path.is_file())
         for path in files:
             sync(path)
-        described = {str(p.relative_to(aside)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
+        described: Files = {str(p.relative_to(aside)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
         (aside / MANIFEST).write_text(json.dumps({"files": described}, indent=1))
         sync(aside / MANIFEST)
         sync(aside)
@@ -72,9 +72,11 @@ def _publish(folder: Path, write: Callable[[Path], None], name: Callable[[Files]
         raise UserError(
             folder,
             f"cannot be written: {getattr(error, 'strerror', None) or error} ({free:,} bytes free)",
-            "free space or mend the permissions, then run the same command again: it goes on from the last checkpoint",
+            "free space or mend the permissions, then run the same command again: what was saved is kept",
             Exit.FAILED,
         ) from error
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)  # of a failed write, which may have filled the disk
 
 
 def sync(path: Path) -> None:

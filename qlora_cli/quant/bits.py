@@ -33,6 +33,27 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
     return torch.stack([torch.stack([packed >> at & 3 for at in half], dim=1) for half in shifts]).reshape(-1)
 
 
+def at(packed: Tensor, bits: int, index: Tensor) -> Tensor:
+    """The codes at some places (k,) int64 of what `unpack` gives: (k,) uint8."""
+    if bits == 8:
+        return packed.index_select(0, index)
+    if bits == 4:
+        return packed.index_select(0, index >> 1) >> (4 - 4 * (index & 1)) & 15
+    half, within = index // (2 * len(packed)), index % (2 * len(packed))
+    return packed.index_select(0, within >> 1) >> (6 - 4 * (within & 1) - 2 * half) & 3
+
+
+def rows(packed: Tensor, bits: int, index: Tensor, num_rows: int) -> Tensor:
+    """Some rows (k,) int64 of a matrix with rows of a multiple of 4 codes, packed as a matrix of k rows."""
+    if bits > 2:
+        return packed.view(num_rows, -1).index_select(0, index).view(-1)
+    halves = (2 * index.unsqueeze(1) + torch.arange(2, device=index.device)).view(-1)  # of rows: no byte has two of one
+    second = (halves >= num_rows).unsqueeze(1)
+    found = packed.view(num_rows, -1).index_select(0, halves % num_rows)
+    first, last = (torch.where(second, found << 2, found) & 0xCC).view(2, -1)
+    return first | last >> 2
+
+
 def pairs_as_fp4(packed: Tensor) -> Tensor:
     """(n,) uint8 of the 2-bit codes of ±1/4 and ±1 to (2n,) uint8 of FP4's codes: 4 · code + 3."""
     words, repeated = _words(packed)
@@ -59,4 +80,4 @@ def _words(packed: Tensor) -> tuple[Tensor, Callable[[int], int]]:
     """The bytes, eight at a time where they divide evenly, and what repeats a byte to such a word."""
     if len(packed) % 8:
         return packed, lambda byte: byte
-    return packed.view(torch.int64), lambda byte: int.from_bytes(bytes([byte] * 8), signed=True)
+    return packed.view(torch.int64), lambda byte: byte * 0x0101010101010101 - (byte >> 7 << 64)

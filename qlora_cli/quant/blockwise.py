@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qlora_cli.quant.bits import pack, unpack
+from qlora_cli.quant.bits import at, pack, rows, unpack
 from qlora_cli.quant.codebooks import Levels
 from qlora_cli.quant.rounding import nearest
 from qlora_cli.quant.scales import TINY, RangeRule, ScaleRule, Scales, absmax
@@ -72,6 +72,18 @@ def dequantize(packed: Packed, code: Code, shape: torch.Size, dtype: torch.dtype
     if packed.zeros is not None:
         units = units - unpack(packed.zeros, code.bits)[: len(scale)].unsqueeze(1)
     return (units * scale).to(dtype).reshape(shape)
+
+
+def rows_of(packed: Packed, code: Code, index: Tensor, num_rows: int) -> Packed:
+    """Some rows (k,) int64 of a matrix whose rows are whole blocks, as `quantize` packs a matrix; scales restored.
+
+    Raises IndexError for a row that there is not.
+    """
+    in_row = len(packed.scales.values) // num_rows
+    blocks = (index.unsqueeze(1) * in_row + torch.arange(in_row, device=index.device)).view(-1)
+    scales = Scales(packed.scales.at(blocks))  # first: it knows the rows that there are
+    zeros = None if packed.zeros is None else pack(at(packed.zeros, code.bits, blocks), code.bits)
+    return Packed(rows(packed.codes, code.bits, index, num_rows), scales, zeros)
 
 
 def _rows(blocks: Tensor) -> int:

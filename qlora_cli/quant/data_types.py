@@ -59,3 +59,6 @@ CODES: dict[str, Callable[[bool, str], Code]] = {
 
 UNIFORM = ("int4", "int2")
 """Those that zero_point and clip are for."""
+
+QUANT_METHOD = "qlora_packed"
+"""What config.json calls a checkpoint of packed layers."""

@@ -1,13 +1,19 @@
 """Packed weights to the values a layer multiplies with, by the fastest kernel there is for code and device.
 
-bitsandbytes' 4-bit kernels read its own two code books; 2-bit codes whose levels lie in one of them are widened first.
-All other codes of 2 and 4 bits are looked up two at a time. All give the bits of `blockwise.dequantize`.
+On a GPU one Triton kernel reads every code, where it can be built. Else bitsandbytes' 4-bit kernels read its own two
+code books, and 2-bit codes whose levels lie in one of them are widened first; all other codes of 2 and 4 bits are
+looked up two at a time. All give the bits of `blockwise.dequantize`.
 """
 
 from __future__ import annotations
 
+import os
+import shutil
+import sysconfig
 from collections.abc import Callable
 from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -34,8 +40,23 @@ CUDA_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Block sizes of bitsandbytes' CUDA kernels."""
 
 
+def _triton_works() -> bool:
+    """Whether Triton is installed, and what it builds the launcher of a kernel with: a C compiler, Python's headers."""
+    headers = Path(sysconfig.get_config_var("INCLUDEPY") or "", "Python.h")
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return find_spec("triton") is not None and compiler is not None and headers.exists()
+
+
+HAS_TRITON = _triton_works()
+"""Asked once; Triton is imported only where a weight lies on a GPU."""
+
+
 def dequantize(packed: Packed, code: Code, block_size: int, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """The values of a packed weight in its shape; fp32, bfloat16 or float16."""
+    if packed.codes.is_cuda and HAS_TRITON and block_size % 4 == 0:
+        from qlora_cli.quant import triton_kernels
+
+        return triton_kernels.dequantize(packed, code, block_size, shape, dtype)
     known = READ_AS.get(code.levels)
     if known is None or block_size % 2 or (packed.codes.is_cuda and block_size not in CUDA_BLOCKS):
         return _looked_up(packed, code, shape, dtype)

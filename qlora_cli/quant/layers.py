@@ -13,7 +13,9 @@ from qlora_cli.errors import UserError
 from qlora_cli.quant import kernels
 from qlora_cli.quant.bitsandbytes import CONFIGS, bitsandbytes_config
 from qlora_cli.quant.blockwise import quantize
-from qlora_cli.quant.linear import BUFFERS, PackedLinear
+from qlora_cli.quant.embedding import PackedEmbedding
+from qlora_cli.quant.gptq import package_layers, package_tensors
+from qlora_cli.quant.packed import BUFFERS, PackedLayer
 from qlora_cli.quant.roundtrip import dequantized
 from qlora_cli.recipe.schema import Quantization
 
@@ -21,15 +23,20 @@ BLOCK_SIZE = 64
 """That of bitsandbytes' layers as transformers makes them."""
 
 
-def quantization_config(quantization: Quantization, compute_dtype: torch.dtype) -> Any:
-    """The transformers configuration of the recipe, or None where nothing is quantised."""
-    if is_packed(quantization):
+def quantization_config(quantization: Quantization, compute_dtype: torch.dtype, packed: bool = False) -> Any:
+    """The transformers configuration of the recipe, or None where nothing is quantised.
+
+    packed: our own layers also where bitsandbytes has one.
+    """
+    if is_packed(quantization) or (packed and quantization.data_type != "none"):
         return packed_config(quantization)
     return None if quantization.data_type == "none" else bitsandbytes_config(quantization, compute_dtype)
 
 
 def is_packed(quantization: Quantization) -> bool:
     """Whether the layers are ours: for what bitsandbytes has no layer for, and for all of a mixed model."""
+    if quantization.embeddings != "none":
+        return True
     if quantization.data_type in ("none", "int8"):
         return bool(quantization.overrides)
     return bool(
@@ -45,6 +52,7 @@ def packed_config(quantization: Quantization) -> Any:
         quantization.data_type,
         skip_patterns(quantization),
         quantization.overrides,
+        quantization.embeddings,
         block_size=quantization.block_size,
         double_quant=quantization.double_quant,
         zero_point=quantization.zero_point,
@@ -75,10 +83,10 @@ def left_as_they_are(model: nn.Module, quantization: Quantization) -> list[str]:
 
 
 def quantized_modules(model: nn.Module) -> dict[str, Any]:
-    """The quantised layers of the model by their full name; an adapter around them does not change the name."""
+    """The quantised layers, the embedding too, by their full name; an adapter around them does not change the name."""
     import bitsandbytes as bnb
 
-    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, PackedLinear)
+    kinds = (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt, PackedLayer, *package_layers())
     return {
         name.replace(".base_layer", "").removeprefix("base_model.model."): module
         for name, module in model.named_modules()
@@ -86,12 +94,28 @@ def quantized_modules(model: nn.Module) -> dict[str, Any]:
     }
 
 
-def layer_values(weight: Tensor, quantization: Quantization, name: str, compute_dtype: torch.dtype) -> Tensor:
-    """The float32 values that a quantised layer loaded with `dtype=compute_dtype` multiplies with.
+def quantized_linear(model: nn.Module) -> dict[str, Any]:
+    """Of the quantised layers those with a weight of their own to multiply with: no embedding, nothing tied to it."""
+    own = ((name, module) for name, module in quantized_modules(model).items() if not getattr(module, "shared", ()))
+    return {name: module for name, module in own if not isinstance(module, nn.Embedding)}
 
-    weight: (out_features, in_features) as in the checkpoint; name: the module's. See roundtrip.dequantized.
+
+def num_embeddings(model: Any) -> int:
+    """Tokens that the model has a vector for."""
+    embedding = model.get_input_embeddings()
+    return embedding.num_embeddings if isinstance(embedding, PackedEmbedding) else len(embedding.weight)
+
+
+def layer_values(
+    weight: Tensor, quantization: Quantization, name: str, compute_dtype: torch.dtype, embedding: bool = False
+) -> Tensor:
+    """The float32 values that a quantised layer loaded with `dtype=compute_dtype` computes with.
+
+    weight: (out_features, in_features), or an embedding's, as in the checkpoint; name: the module's.
+    embedding: whether it is the input embedding, or tied to it. See roundtrip.dequantized.
     """
-    storage = packed_config(quantization).storage_of(name) if is_packed(quantization) else None
+    config = packed_config(quantization) if is_packed(quantization) else None
+    storage = config and (config.embedding_storage if embedding else config.storage_of(name))
     if storage is None:
         how = (quantization.data_type, quantization.double_quant, quantization.block_size)
         return dequantized(weight, *how, compute_dtype)
@@ -110,7 +134,8 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _kinds(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    yield from package_tensors(model)
+    packed = [module for module in model.modules() if isinstance(module, PackedLayer)]
     for module in packed:
         yield module.storage.data_type, module.weight
         yield from (("scales", tensor) for name in BUFFERS if (tensor := getattr(module, name)) is not None)

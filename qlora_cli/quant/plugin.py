@@ -25,11 +25,10 @@ from transformers.quantizers.quantizers_utils import get_module_from_name, shoul
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qlora_cli.errors import UserError
-from qlora_cli.quant.data_types import UNIFORM
-from qlora_cli.quant.linear import PackedLinear, Storage, tensors_of
-
-QUANT_METHOD = "qlora_packed"
-"""What config.json calls it."""
+from qlora_cli.quant.data_types import QUANT_METHOD, UNIFORM
+from qlora_cli.quant.embedding import packed_like
+from qlora_cli.quant.linear import PackedLinear
+from qlora_cli.quant.packed import PackedLayer, Storage, tensors_of
 
 
 class BadWeight(UserError):
@@ -41,7 +40,8 @@ class PackedConfig(QuantizationConfigMixin):
 
     data_type: a key of data_types.CODES. skip_modules: names or patterns of linear layers left as they are, as
     bitsandbytes' llm_int8_skip_modules. overrides: data type, or none, by pattern (fnmatch) of full module names; the
-    first one that fits counts. The rest as in Storage.
+    first one that fits counts. embeddings: data type of the input embedding and what is tied to it, or none.
+    The rest as in Storage.
     """
 
     def __init__(
@@ -49,11 +49,13 @@ class PackedConfig(QuantizationConfigMixin):
         data_type: str = "int2",
         skip_modules: list[str] | None = None,
         overrides: Mapping[str, str] | Sequence[tuple[str, str]] = (),
+        embeddings: str = "none",
         **storage: Any,
     ) -> None:
         self.quant_method = QUANT_METHOD
         self.data_type = data_type
         self.skip_modules = ["lm_head"] if skip_modules is None else skip_modules
+        self.embeddings = embeddings
         pairs = overrides.items() if isinstance(overrides, Mapping) else overrides
         self.overrides = [list(pair) for pair in pairs]  # their order counts, and config.json sorts keys
         known = Storage.__dataclass_fields__.keys() - {"data_type"}
@@ -64,20 +66,27 @@ class PackedConfig(QuantizationConfigMixin):
         if not should_convert_module(name, self.skip_modules):
             return None
         found = (kind for pattern, kind in self.overrides if fnmatchcase(name, pattern))
-        data_type = next(found, self.data_type)
+        return self._storage(next(found, self.data_type))
+
+    @property
+    def embedding_storage(self) -> Storage | None:
+        """How the weight of the input embedding is stored; None where it stays as it is."""
+        return self._storage(self.embeddings)
+
+    def _storage(self, data_type: str) -> Storage | None:
         options = self.storage if data_type in UNIFORM else {**self.storage, "zero_point": False, "clip": "auto"}
         return None if data_type == "none" else Storage(data_type, **options)
 
 
 class PackedQuantizer(HfQuantizer):
-    """Swaps linear layers for packed ones before weights are read, and quantises each as it comes."""
+    """Swaps layers for packed ones before weights are read, and quantises each as it comes."""
 
     requires_calibration = False
     quantization_config: PackedConfig
 
     def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
         module, name = get_module_from_name(model, param_name)
-        return not self.pre_quantized and isinstance(module, PackedLinear) and name == "weight"
+        return not self.pre_quantized and isinstance(module, PackedLayer) and name == "weight"
 
     def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
         """Bytes of a weight as it will be stored, by which transformers reserves memory."""
@@ -88,8 +97,12 @@ class PackedQuantizer(HfQuantizer):
     def __init__(self, quantization_config: PackedConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.not_finite: list[str] = []
+        self.untied: list[str] = []
+        self.embedding = ""
 
     def _process_model_before_weight_loading(self, model: Any, **_: Any) -> None:
+        if (storage := self.quantization_config.embedding_storage) is not None:
+            self.embedding = _swap_embedding(model, storage, self.pre_quantized)
         linear = [*_linear(model)]
         refuse_idle_overrides(self.quantization_config, [name for name, _module in linear])
         for name, module in linear:
@@ -104,6 +117,12 @@ class PackedQuantizer(HfQuantizer):
         if self.not_finite:  # told here: what is raised while weights are read loses its message
             what = f"holds NaN or infinity ({len(self.not_finite)} such tensors)"
             raise BadWeight(self.not_finite[0], what, "restore the checkpoint")
+        for name, module in model.named_modules():
+            if isinstance(module, PackedLayer) and (module.weight is not module.holder.weight or name in self.untied):
+                what = f"is not {self.embedding}.weight, to which config.json ties it"
+                raise BadWeight(
+                    f"{name}.weight", what, "mend tie_word_embeddings, or set quantization.embeddings: none"
+                )
 
     def is_serializable(self) -> bool:
         return True
@@ -145,16 +164,26 @@ class _Quantize(ConversionOps):
                 self.quantizer.not_finite.append(name)
                 weight = torch.zeros_like(weight)
             packed = module.packed_from(weight.T if module.transposed else weight)
-            path = name.removesuffix("weight")
-            found |= {f"{path}{one}": tensor for one, tensor in tensors_of(packed).items() if tensor is not None}
+            tensors = {one: tensor for one, tensor in tensors_of(packed).items() if tensor is not None}
+            path = name.removesuffix(".weight")
+            if module.shared or path == self.quantizer.embedding:  # a checkpoint may have either, or both
+                path = self._tied(path, module.holder, tensors)
+            found |= {f"{path}.{one}": tensor for one, tensor in tensors.items()}
             module._is_hf_initialized = True
         return found
 
+    def _tied(self, path: str, holder: PackedLayer, tensors: dict[str, Tensor]) -> str:
+        """Whose tensors they become, those of a module at `path`; they must be what was read before, if anything."""
+        known = tensors_of(holder.packed)
+        if not holder.weight.is_meta and any(not torch.equal(one, known[name]) for name, one in tensors.items()):
+            self.quantizer.untied.append(path)
+        return self.quantizer.embedding
+
 
 def _linear(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers of a model, GPT-2's among them, with their full names."""
+    """The linear layers of a model that are not packed, GPT-2's among them, with their full names."""
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
+        if isinstance(module, nn.Linear | Conv1D) and not isinstance(module, PackedLayer):
             yield name, module
 
 
@@ -173,6 +202,44 @@ def _swap(model: nn.Module, name: str, module: Any, storage: Storage, pre_quanti
     if not pre_quantized:
         layer.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
     model.set_submodule(name, layer)
+
+
+def _swap_embedding(model: Any, storage: Storage, pre_quantized: bool) -> str:
+    """As `_swap` for the input embedding, and for what is tied to it: layers that share its packed tensors.
+
+    Returns its name. Raises UserError for one that does more than look rows up, and a tied layer of another kind.
+    """
+    embedding = model.get_input_embeddings()
+    named = [*model.named_modules(remove_duplicate=False)]
+    first = next(name for name, module in named if module is embedding)
+    rows = embedding.weight.shape[-1]
+    if rows % storage.block_size:
+        what = f"has rows of {rows:,} values, which is no multiple of quantization.block_size {storage.block_size}"
+        raise BadWeight(f"{first}.weight", what, "set another block size, or quantization.embeddings: none")
+    layer = _packed_like(embedding, storage, first)
+    if not pre_quantized:
+        layer.weight = nn.Parameter(torch.empty_like(embedding.weight, device="meta"), requires_grad=False)
+    source = model.all_tied_weights_keys.get(f"{first}.weight", f"{first}.weight")
+    sharing = {source, *(target for target, of in model.all_tied_weights_keys.items() if of == source)}
+    for name, module in named:
+        if module is embedding:
+            model.set_submodule(name, layer)
+        elif f"{name}.weight" in sharing:
+            model.set_submodule(name, _packed_like(module, storage, name).tied_to(layer))
+    return first
+
+
+def _packed_like(module: Any, storage: Storage, name: str) -> PackedLayer:
+    """A packed layer without values for an embedding, or for a head that is tied to it."""
+    dtype = module.weight.dtype
+    if type(module) is nn.Linear and module.bias is None:
+        return PackedLinear(module.in_features, module.out_features, False, storage, device="meta", dtype=dtype)
+    layer = packed_like(module, storage) if isinstance(module, nn.Embedding) else None
+    if layer is None:
+        kind = "Linear with a bias" if type(module) is nn.Linear else type(module).__name__
+        what = f"{name} is a {kind}, which cannot be packed with the embedding"
+        raise UserError("quantization.embeddings", what, "set it to none")
+    return layer
 
 
 if QUANT_METHOD not in AUTO_QUANTIZER_MAPPING:

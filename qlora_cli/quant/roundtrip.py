@@ -18,13 +18,16 @@ from bitsandbytes import functional
 from bitsandbytes.nn import Int8Params, Params4bit
 from torch import Tensor, nn
 
+from qlora_cli.quant.bitsandbytes import faster_quantiser
+
 
 def _four_bit(data_type: str, weight: Tensor, double_quant: bool, block_size: int) -> Tensor:
     """`Params4bit`: packed nibbles (numel / 2, 1) uint8 with absmax per block in its `quant_state`."""
     parameter = Params4bit(
         weight, requires_grad=False, blocksize=block_size, compress_statistics=double_quant, quant_type=data_type
     )
-    return parameter.to(weight.device)
+    with faster_quantiser():
+        return parameter.to(weight.device)
 
 
 def _int8(weight: Tensor, double_quant: bool, block_size: int) -> Tensor:

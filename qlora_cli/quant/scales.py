@@ -160,6 +160,14 @@ class Scales:
         # where scales differ by more than 256 times the least ones are rounded below 0, and would turn their block over
         return (restored.view(-1)[:number] + self.offset).clamp(min=0)
 
+    def at(self, blocks: Tensor) -> Tensor:
+        """Those of some blocks (k,) int64, restored: (k,) fp32. Raises IndexError for a block that there is not."""
+        values = self.values.index_select(0, blocks)
+        if self.absmax is None or self.offset is None:
+            return values
+        restored = dynamic_map(values.device)[values.int()] * self.absmax[blocks // SCALE_BLOCK]
+        return (restored + self.offset).clamp(min=0)
+
 
 def dynamic_map(device: torch.device) -> Tensor:
     """bitsandbytes' 256 signed levels of 8 bits, (256,) fp32 ascending."""

@@ -37,7 +37,11 @@ from qlora_cli.recipe.schema import Recipe, Section
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     """The recipe in a file, after `a.b=value` overrides. Raises UserErrors: all of its problems, by position."""
-    values, located = read_yaml(path)
+    return recipe_of(*read_yaml(path), overrides)
+
+
+def recipe_of(values: dict[str, Any], located: Located, overrides: Sequence[str] = ()) -> Recipe:
+    """As load_recipe, of plain values with their places; both take the overrides in."""
     refused = []
     for order, text in enumerate(overrides, start=1):
         try:

@@ -15,7 +15,7 @@ from qlora_cli.recipe.fields import fields
 from qlora_cli.recipe.located_yaml import show
 from qlora_cli.recipe.problems import Problem
 from qlora_cli.recipe.remote import is_local
-from qlora_cli.recipe.schema import Adapter, Recipe, Section, Source
+from qlora_cli.recipe.schema import Adapter, LoftQ, Recipe, Section, Source
 
 Rule = Callable[[Recipe], Iterator[Problem]]
 
@@ -54,9 +54,11 @@ def one_kind_of_length_limit(recipe: Recipe) -> Iterator[Problem]:
 
 def block_settings_need_blocks(recipe: Recipe) -> Iterator[Problem]:
     """`quantization.block_size` and `double_quant` are for blocks: int8 keeps one scale per row, none has no scales."""
-    if recipe.quantization.data_type in ("int8", "none") and not recipe.quantization.overrides:
+    quantization = recipe.quantization
+    in_blocks = quantization.overrides or quantization.embeddings != "none"
+    if quantization.data_type in ("int8", "none") and not in_blocks:
         for name in ("double_quant", "block_size"):
-            yield from _no_effect(recipe, "quantization", name, f"with `data_type: {recipe.quantization.data_type}`")
+            yield from _no_effect(recipe, "quantization", name, f"with `data_type: {quantization.data_type}`")
 
 
 def nothing_is_skipped_where_nothing_is_quantised(recipe: Recipe) -> Iterator[Problem]:
@@ -66,7 +68,8 @@ def nothing_is_skipped_where_nothing_is_quantised(recipe: Recipe) -> Iterator[Pr
 
 
 def what_is_mixed_is_in_blocks(recipe: Recipe) -> Iterator[Problem]:
-    """`quantization.overrides` mixes types in blocks: not `int8`, whose product is another one, and not none alone."""
+    """`quantization.overrides` and `embeddings` mix types in blocks: not `int8`, whose product is another one; and
+    overrides are not none alone."""
     quantization = recipe.quantization
     if quantization.overrides and {quantization.data_type, *quantization.overrides.values()} == {"none"}:
         what = "`overrides` that are none, as `data_type` is: nothing is quantised"
@@ -74,14 +77,18 @@ def what_is_mixed_is_in_blocks(recipe: Recipe) -> Iterator[Problem]:
     if quantization.data_type == "int8" and quantization.overrides:
         what = "`overrides` beside `data_type: int8`, which cannot be mixed"
         yield Problem(("quantization", "overrides"), what, "Use nf4, fp4, int4, nf2, int2 or none as data_type")
+    if quantization.data_type == "int8" and quantization.embeddings != "none":
+        what = f"`embeddings: {quantization.embeddings}` beside `data_type: int8`, which cannot be mixed"
+        yield Problem(("quantization", "embeddings"), what, "Use nf4, fp4, int4, nf2, int2 or none as data_type")
 
 
 def ranges_need_uniform_levels(recipe: Recipe) -> Iterator[Problem]:
     """`quantization.zero_point` and `clip` are for int4 and int2."""
-    kinds = {recipe.quantization.data_type, *recipe.quantization.overrides.values()}
+    quantization = recipe.quantization
+    kinds = {quantization.data_type, quantization.embeddings, *quantization.overrides.values()}
     if not kinds & {"int4", "int2"}:
         for name in ("zero_point", "clip"):
-            yield from _no_effect(recipe, "quantization", name, f"with `data_type: {recipe.quantization.data_type}`")
+            yield from _no_effect(recipe, "quantization", name, f"with `data_type: {quantization.data_type}`")
 
 
 def outliers_need_int8(recipe: Recipe) -> Iterator[Problem]:
@@ -112,9 +119,29 @@ def dora_cannot_read_int8(recipe: Recipe) -> Iterator[Problem]:
 def loftq_settings_need_loftq(recipe: Recipe) -> Iterator[Problem]:
     """`adapter.loftq` is for `init: loftq` alone."""
     adapter = recipe.adapter
-    if adapter.from_ is None and adapter.init != "loftq" and _given(adapter.loftq, "iterations"):
-        what = f"`iterations: {adapter.loftq.iterations}` has no effect with `init: {adapter.init}`"
-        yield Problem(("adapter", "loftq", "iterations"), what, "Set `adapter.init: loftq` or delete it")
+    if adapter.from_ is None and adapter.init != "loftq":
+        for name in fields(LoftQ):
+            if _given(adapter.loftq, name):
+                what = f"`{name}: {getattr(adapter.loftq, name)}` has no effect with `init: {adapter.init}`"
+                yield Problem(("adapter", "loftq", name), what, "Set `adapter.init: loftq` or delete it")
+
+
+def a_start_that_changes_the_base_can_store_it(recipe: Recipe) -> Iterator[Problem]:
+    """`adapter.init` loftq, pissa and olora store the base in packed layers: not int8; DoRA cannot read those, and
+    LoftQ needs something that is quantised. `loftq.calibration` needs rows that do not stream."""
+    adapter, kind = recipe.adapter, recipe.quantization.data_type
+    if adapter.init not in ("loftq", "pissa", "olora"):
+        return
+    place = ("adapter", "init")
+    if kind == "int8":
+        yield Problem(place, f"`init: {adapter.init}` with `data_type: int8` is not available yet", "Use nf4 or int4")
+    if adapter.use_dora:
+        yield Problem(place, f"`init: {adapter.init}` with `use_dora: true` is not available yet", "Use plain LoRA")
+    if adapter.init == "loftq" and kind == "none" and not recipe.quantization.overrides:
+        yield Problem(place, "`init: loftq` with `data_type: none`: nothing is lost", "Name a data type, or use pissa")
+    if adapter.loftq.calibration and any(source.streaming for source in recipe.data.train):
+        what = f"`calibration: {adapter.loftq.calibration}` with `streaming: true` is not available yet"
+        yield Problem(("adapter", "loftq", "calibration"), what, "Delete one of the two")
 
 
 def one_kind_of_warmup(recipe: Recipe) -> Iterator[Problem]:
@@ -212,6 +239,7 @@ RULES: tuple[Rule, ...] = (
     a_continued_adapter_keeps_its_shape,
     dora_cannot_read_int8,
     loftq_settings_need_loftq,
+    a_start_that_changes_the_base_can_store_it,
     one_kind_of_warmup,
     a_constant_schedule_has_no_floor,
     one_kind_of_held_out_data,

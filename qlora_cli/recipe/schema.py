@@ -76,7 +76,9 @@ class Quantization(Section):
     overrides: dict[str, Literal["nf4", "fp4", "int4", "nf2", "int2", "none"]] = key(
         dict, "data type by pattern of whole module names, with *; the first that fits counts (mixed precision)"
     )
-    embeddings: str = key("none", "data type of the embeddings", live=("none",))
+    embeddings: Literal["nf4", "fp4", "int4", "nf2", "int2", "none"] = key(
+        "none", "storage of the input embedding, and of a head that is tied to it; its rows are whole blocks"
+    )
     zero_point: bool = key(False, "int4, int2: levels from the least weight to the largest, by a zero point per block")
     clip: Literal["auto", "absmax", "percentile", "2sigma", "search"] = key(
         "auto", "int4, int2: weights beyond are clipped; auto: the range of least error per block"
@@ -89,7 +91,16 @@ class Quantization(Section):
 class LoftQ(Section):
     """LoftQ's start of the adapter."""
 
-    iterations: int = key(5, "alternations of quantisation and SVD (LoftQ algorithm 1)", live=(5,), ge=1)
+    iterations: int = key(5, "alternations of quantisation and SVD (LoftQ algorithm 1); the best one is kept", ge=1)
+    order: Literal["quantize_first", "svd_first"] = key(
+        "quantize_first", "quantize_first: LoftQ's; svd_first: begins with an SVD of the weight and ends quantising"
+    )
+    calibration: int = key(
+        0,
+        "training rows whose activations weigh the errors (QERA); 0: none. Needs the unquantised base in memory",
+        unit="rows",
+        ge=0,
+    )
 
 
 class Adapter(Section):
@@ -104,8 +115,10 @@ class Adapter(Section):
     layers: list[Annotated[int, Field(ge=0)]] | None = key(
         None, "indices of the only layers that get an adapter; null: all", min_length=1
     )
-    init: Literal["default", "gaussian", "loftq", "pissa"] = key(
-        "default", "start of A (B starts at 0): default is Kaiming-uniform", live=("default", "gaussian")
+    init: Literal["default", "gaussian", "loftq", "pissa", "olora"] = key(
+        "default",
+        "start of A and B: default Kaiming-uniform, B = 0; loftq: what quantisation lost; pissa, olora: the principal "
+        "part of the weights. The last three change the base, which is stored in the run folder",
     )
     loftq: LoftQ = key(LoftQ, "settings of init: loftq")
     use_rslora: bool = key(False, "scale by alpha / sqrt(r) instead of alpha / r")

@@ -184,7 +184,7 @@ def save(session: Session) -> None:
     if session.accelerator.is_main_process:
         progress = Progress(session.step, random, session.logged, session.place)
         keep = session.recipe.training.save_total_limit
-        name = base_name(session.recipe)
+        name = base_name(session.recipe, session.base)
         save_checkpoint(session.run.checkpoints, session.model, session.optimizer, progress, name, keep)
     session.accelerator.wait_for_everyone()
 

@@ -10,6 +10,7 @@ from qlora_cli import __version__
 from qlora_cli.data.chat import find_template
 from qlora_cli.model.adapter import save_adapter
 from qlora_cli.model.base import Base
+from qlora_cli.model.start import changes_base
 from qlora_cli.model.whole_folder import publish
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.schema import Quantization
@@ -30,8 +31,15 @@ from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
+"""
 
+QUANTIZED = """
 It was trained on the quantised base, so quantise the base as above when you load it, or run `qlora merge`.
+"""
+
+STARTED = """
+Its start ({init}) changed the base: it belongs to `{folder}` and to no other.
+Import `qlora_cli.quant.plugin` before you load that, or run `qlora merge`.
 """
 
 
@@ -39,7 +47,7 @@ def publish_adapter(folder: Path, model: Any, base: Base, recipe: Recipe, steps:
     """Writes the adapter folder, whole or not at all; PEFT and vLLM load it as it is."""
 
     def write(place: Path) -> None:
-        save_adapter(model, place, base_name(recipe))
+        save_adapter(model, place, base_name(recipe, base))
         base.tokenizer.chat_template = trained_template(recipe, base)
         base.tokenizer.save_pretrained(place)
         (place / "README.md").write_text(card(recipe, base, steps))
@@ -47,9 +55,9 @@ def publish_adapter(folder: Path, model: Any, base: Base, recipe: Recipe, steps:
     return publish(folder, write)
 
 
-def base_name(recipe: Recipe) -> str:
+def base_name(recipe: Recipe, base: Base) -> str:
     """How an adapter folder names its base: the hub id, or the folder's whole path, so that PEFT finds it anywhere."""
-    name = recipe.model.name_or_path
+    name = str(base.folder) if changes_base(recipe.adapter) else recipe.model.name_or_path
     return os.path.abspath(name) if os.path.isdir(name) else name
 
 
@@ -63,7 +71,8 @@ def card(recipe: Recipe, base: Base, steps: int) -> str:
     defaults = Quantization().model_dump()
     given = {name: value for name, value in recipe.quantization.model_dump().items() if value != defaults[name]}
     stored = {"data_type": recipe.quantization.data_type, **given}
-    return CARD.format(
+    started = STARTED.format(init=recipe.adapter.init, folder=base.folder)
+    text = CARD.format(
         base=recipe.model.name_or_path,
         version=__version__,
         steps=steps,
@@ -73,3 +82,4 @@ def card(recipe: Recipe, base: Base, steps: int) -> str:
         learning_rate=recipe.training.learning_rate,
         seed=recipe.training.seed,
     )
+    return text + (started if changes_base(recipe.adapter) else QUANTIZED)

@@ -22,6 +22,7 @@ from qlora_cli.kernels.isolation import NotIsolated, check_isolation, prepare_pa
 from qlora_cli.kernels.packed_attention import NAME as PACKED
 from qlora_cli.model.base import Base, Found
 from qlora_cli.model.rope import rope_boundaries
+from qlora_cli.quant.layers import num_embeddings
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.schema import Source
 from qlora_cli.train.feed import Feed, StoredFeed, StreamFeed
@@ -149,7 +150,7 @@ def keep_apart(recipe: Recipe, base: Base, report: Report, longest: int) -> bool
     wanted, attention = recipe.data.packing, recipe.model.attn_implementation
     if wanted is False:
         return False
-    vocabulary = base.model.get_input_embeddings().weight.shape[0]
+    vocabulary = num_embeddings(base.model)
     try:
         if any(longest > boundary for boundary in rope_boundaries(base.config)):
             raise NotIsolated("one example beyond the length up to which its RoPE is short would lengthen all others'")

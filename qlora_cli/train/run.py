@@ -51,6 +51,11 @@ class Run:
         return self.folder / "checkpoints"
 
     @property
+    def base(self) -> Path:
+        """Holds the base, named by its content, where the adapter's start changed it."""
+        return self.folder / "base"
+
+    @property
     def adapter(self) -> Path:
         return self.folder / "adapter"
 

@@ -12,10 +12,13 @@ from torch.optim import Optimizer
 
 from qlora_cli.data.examples import Examples
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.model.adapter import attach_adapter
-from qlora_cli.model.base import Base, find_base, fingerprint, load_base
+from qlora_cli.model.adapter import attach_adapter, load_adapter
+from qlora_cli.model.base import Base, Found, find_base, fingerprint, load_base
+from qlora_cli.model.start import changes_base
+from qlora_cli.model.stored_base import Making, on_stored_base, start_folder
 from qlora_cli.model.whole_folder import fault
 from qlora_cli.recipe import Recipe
+from qlora_cli.train.base import calibration_rows, make_base, recipe_of_base
 from qlora_cli.train.checkpoint import load_checkpoint, newest_valid, step_of
 from qlora_cli.train.facts import run_facts
 from qlora_cli.train.feed import Feed, Place, StreamFeed
@@ -64,7 +67,8 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     """Loads base, adapter, data and optimizer, and puts the run back to where it stopped."""
     training = recipe.training
     accelerator = build_accelerator(recipe, run)
-    found = find_base(recipe)
+    on_base = recipe_of_base(recipe, run)
+    found = find_base(on_base)
     today = date_of(run)
     feed = open_feed(recipe, found, report, today, global_batch(recipe, accelerator))  # a bad row is told in seconds
     eval_set = encode_role(recipe, found, "eval", report, today)
@@ -73,13 +77,20 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     refuse_beyond_context(found, feed.examples, eval_set)
     if isinstance(feed, StreamFeed):
         refuse_long_stream(found, feed)
-    base = load_base(recipe, accelerator.device, found)
+    if on_base is recipe and changes_base(recipe.adapter):
+        making = Making(report.say, accelerator.device, calibration_rows(recipe, feed.examples.rows))
+        on_base = with_made_base(recipe, run, found, making, accelerator)
+        found = find_base(on_base)
+    base = load_base(on_base, accelerator.device, found)
     say_base(report, recipe, base)
     base_digest = fingerprint(base.model)
     packed = keep_apart(recipe, base, report, max(feed.longest, int(eval_set.lengths.max(initial=0))))
 
     seed_everything(training.seed)  # before the adapter: its A matrices are random
-    model = attach_adapter(base, recipe.adapter, recipe.model.task)
+    if on_base is recipe:
+        model = attach_adapter(base, recipe.adapter, recipe.model.task)
+    else:
+        model = load_adapter(base, start_folder(base.folder, recipe.adapter), trainable=True)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     report.say(f"adapter  {trainable:,} trainable weights in fp32, compute in {str(base.compute_dtype)[6:]}")
     optimizer, note = build_optimizer(model, training, base.device)
@@ -97,6 +108,14 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     seed_processes(session)
     checkpoint_activations(session)
     return session
+
+
+def with_made_base(recipe: Recipe, run: Run, found: Found, making: Making, accelerator: Any) -> Recipe:
+    """The recipe on the base that the adapter's start makes, which the main process stores for all."""
+    from accelerate.utils import broadcast_object_list
+
+    made = [make_base(recipe, run, found, making) if accelerator.is_main_process else None]
+    return on_stored_base(recipe, broadcast_object_list(made)[0])
 
 
 def say_base(report: Report, recipe: Recipe, base: Base) -> None:

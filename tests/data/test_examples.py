@@ -194,6 +194,9 @@ def test_no_stop_token_left_is_an_error(tmp_path: Path, rows: list[Example]) -> 
         "data.train: no row is left that ends with a stop token, so the model would never learn to stop. "
         "Raise the length limit, or set data.on_long_row: skip."
     )
+    limits = {"max_length": rows[1].num_tokens - 2, "on_long_row": "truncate"}
+    held_out = load(path, role="eval", eval=[{"path": str(path)}], **limits)
+    assert (len(held_out.rows), held_out.num_lost_stops) == (2, 2), "what is measured teaches nothing"
 
 
 def test_prompt_and_answer_have_limits_of_their_own(path: Path, rows: list[Example]) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.errors import UserError
+from qlora_cli.quant.embedding import PackedEmbedding
 from qlora_cli.quant.layers import quantized_modules
 from qlora_cli.quant.linear import PackedLinear
 from qlora_cli.recipe import Recipe
@@ -70,6 +71,12 @@ def of_q_and_v(bench: Bench, recipe: Recipe) -> list[str]:
     """How the query's and the value's projection are stored."""
     modules = [layer(bench, recipe, name).base_layer for name in ("q_proj", "v_proj")]
     return [m.storage.data_type if isinstance(m, PackedLinear) else m.weight.quant_state.quant_type for m in modules]
+
+
+def of_the_embedding(bench: Bench, recipe: Recipe) -> str:
+    """How the input embedding is stored."""
+    embedding = bench.prepared(recipe).base.model.get_input_embeddings()
+    return embedding.storage.data_type if isinstance(embedding, PackedEmbedding) else str(embedding.weight.dtype)
 
 
 def num_scales(bench: Bench, recipe: Recipe) -> int:
@@ -229,6 +236,10 @@ QUANTIZATION = [
         for size in (32, 128)
     ),
     Live("quantization.overrides", {"*.q_proj": "int2", "*": "nf4"}, of_q_and_v, becomes(["nf4"] * 2, ["int2", "nf4"])),
+    *(
+        Live("quantization.embeddings", kind, of_the_embedding, becomes("torch.float32", kind))
+        for kind in ("nf4", "fp4", "int4", "nf2", "int2")
+    ),
     Live("quantization.zero_point", True, has_zero_points, becomes(False, True), UNIFORM),
     *(
         Live("quantization.clip", clip, error_of_storage, lambda best, clipped: best < clipped < 1, UNIFORM)

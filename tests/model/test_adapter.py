@@ -183,6 +183,13 @@ def test_from_continues_an_adapter_with_its_weights_trainable(saved, make_recipe
 def test_a_quantised_module_cannot_be_trained_in_full(attach):
     with pytest.raises(UserError, match=r"q_proj is quantised, .* Add q_proj to quantization\.skip_modules"):
         attach(modules_to_save=["q_proj"])
+    with pytest.raises(UserError, match=r"embed_tokens is quantised.*Set quantization.embeddings: none"):
+        attach(quantization={"embeddings": "nf4"}, modules_to_save=["embed_tokens"])
+
+
+def test_dora_trains_beside_a_packed_embedding_which_peft_does_not_read(attach):
+    model = attach(quantization={"data_type": "none", "embeddings": "int2"}, use_dora=True)
+    assert "default" in layer(model).lora_magnitude_vector
 
 
 @pytest.mark.parametrize(("quantization", "width"), [({"data_type": "int8"}, 64), ({"data_type": "nf4"}, 80)])

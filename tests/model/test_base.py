@@ -251,13 +251,6 @@ def test_weights_that_would_stay_random_are_refused(make_recipe, tiny_model, tmp
     check_refused(make_recipe, folder, r"1 weights would be random, not pretrained: model\.layers\.1\.mlp\.up_proj")
 
 
-def test_a_quantised_checkpoint_is_not_available_yet(make_recipe, tiny_model, tmp_path):
-    folder = broken_copy(tiny_model, tmp_path)
-    config = json.loads((folder / "config.json").read_text()) | {"quantization_config": {"quant_method": "gptq"}}
-    (folder / "config.json").write_text(json.dumps(config))
-    check_refused(make_recipe, folder, r"already quantised \(gptq\), which is not available yet")
-
-
 def test_an_encoder_decoder_is_not_available_yet(make_recipe, tiny_model, tmp_path):
     folder = broken_copy(tiny_model, tmp_path)
     config = json.loads((folder / "config.json").read_text()) | {"is_encoder_decoder": True}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qlora_cli.quant.bits import nf2_as_nf4, pack, pairs_as_fp4, unpack
+from qlora_cli.quant.bits import at, nf2_as_nf4, pack, pairs_as_fp4, rows, unpack
 from qlora_cli.quant.blockwise import Code, dequantize, quantize
 from qlora_cli.quant.codebooks import CODE_BOOKS
 from qlora_cli.quant.scales import absmax, best_for_pairs
@@ -25,6 +25,24 @@ def test_packed_codes_come_back(number, bits, seed):
     packed = pack(codes, bits)
     assert len(packed) == -(-number * bits // 8)
     assert torch.equal(unpack(packed, bits)[:number], codes)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 67), st.sampled_from([2, 4, 8]), st.lists(st.integers(0, 66), max_size=9), st.integers(0, 2**32))
+def test_single_codes_are_found_in_their_bytes(number, bits, places, seed):
+    codes, index = drawn(number, bits, seed), torch.tensor([place % number for place in places], dtype=torch.int64)
+    assert torch.equal(at(pack(codes, bits), bits, index), codes[index])
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 9), st.integers(1, 5), st.sampled_from([2, 4, 8]), st.lists(st.integers(0, 8)), st.integers(0, 2**32)
+)
+def test_rows_of_a_packed_matrix_are_packed_as_a_matrix_of_them(number, fours, bits, chosen, seed):
+    codes = drawn(4 * number * fours, bits, seed)
+    index = torch.tensor([row % number for row in chosen], dtype=torch.int64)
+    wanted = pack(codes.view(number, -1)[index].reshape(-1), bits)
+    assert torch.equal(rows(pack(codes, bits), bits, index, number), wanted)
 
 
 def test_the_places_of_codes_in_bytes_never_change():

@@ -16,7 +16,8 @@ from qlora_cli.quant import blockwise, kernels
 from qlora_cli.quant.blockwise import quantize
 from qlora_cli.quant.codebooks import bits_per_weight
 from qlora_cli.quant.data_types import CLIPS, CODES
-from qlora_cli.quant.linear import BUFFERS, PackedLinear, Storage
+from qlora_cli.quant.linear import PackedLinear
+from qlora_cli.quant.packed import BUFFERS, Storage
 
 STORAGES = {
     **{name: Storage(name) for name in CODES},
@@ -33,7 +34,7 @@ def layer_of(storage: Storage, out: int = 24, inner: int = 96, bias: bool = True
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn((out, inner), generator=generator)
     layer = PackedLinear(inner, out, bias, storage)
-    layer.store(weight)
+    layer.store(layer.packed_from(weight))
     if bias:
         layer.bias.data = torch.randn(out, generator=generator)
     return layer, weight
@@ -140,7 +141,7 @@ def test_every_clipping_range_is_its_own(name, zero_point, clip):
     found = {}
     for other in (clip, "absmax", "auto"):
         layer = PackedLinear(64, 64, False, Storage(name, zero_point=zero_point, clip=other))
-        layer.store(weight)
+        layer.store(layer.packed_from(weight))
         found[other] = float((layer.dequantized() - weight).norm())
     assert clip == "absmax" or found[clip] != found["absmax"]
     assert found["auto"] <= min(found.values()) * 1.0001

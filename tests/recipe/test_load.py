@@ -181,7 +181,7 @@ def test_the_default_and_auto_are_always_legal(recipe_file: Path, override: str)
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("adapter.init=pissa", "is not available yet. Use default or gaussian."),
+        ("quantization.compute_dtype=float16", "is not available yet. Use auto, bfloat16 or float32."),
         ("training.torch_compile=true", "is not available yet. Leave it out: only false works today."),
         ("model.num_labels=3", "`model.num_labels: 3` is not available yet. Leave it out: only null works today."),
         ("model.added_tokens=[x]", "`model.added_tokens: ['x']` is not available yet. Leave it out: only [] works"),

@@ -41,6 +41,11 @@ BROKEN = [
         "`overrides` beside `data_type: int8`, which cannot be mixed",
     ),
     (
+        "quantization: {data_type: int8, embeddings: nf4}",
+        "quantization.embeddings",
+        "`embeddings: nf4` beside `data_type: int8`, which cannot be mixed",
+    ),
+    (
         "quantization: {data_type: none, overrides: {'*': none}}",
         "quantization.overrides",
         "`overrides` that are none, as `data_type` is",
@@ -136,6 +141,8 @@ BROKEN = [
 ]
 
 SOUND = [
+    "quantization: {data_type: none, embeddings: nf4, block_size: 128, double_quant: false}",
+    "quantization: {embeddings: int4, zero_point: true}",
     "quantization: {data_type: int4, zero_point: true, clip: 2sigma}",
     "quantization: {data_type: nf4, overrides: {'*.q_proj': int2}, clip: search}",
     "quantization: {data_type: none, overrides: {'*.q_proj': nf2}, block_size: 32, skip_modules: [lm_head, v_proj]}",

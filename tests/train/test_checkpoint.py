@@ -92,7 +92,7 @@ def test_a_disk_that_is_full_while_tensors_are_written_is_a_message(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))  # Python ignores SIGXFSZ: writes fail with EFBIG
     try:
-        with pytest.raises(UserError, match="step-000001: cannot be written: .*File too large.*bytes free") as error:
+        with pytest.raises(UserError, match=r"step-000001: cannot be written: .*File too large.*bytes free") as error:
             publish(tmp_path / "step-000001", lambda f: save_file({"a": torch.zeros(10_000)}, f / "a.safetensors"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 
 from qlora_cli import commands
 from qlora_cli.display import QuietReport
+from tests.tiny import write_tiny_model
 
 STORED = {
     "int4": {"data_type": "int4"},
@@ -15,18 +17,28 @@ STORED = {
     "int2": {"data_type": "int2"},
     "int4 with zero point": {"data_type": "int4", "zero_point": True, "clip": "2sigma", "block_size": 32},
     "mixed": {"data_type": "int2", "overrides": {"*.layers.0.*": "nf4", "*.down_proj": "none"}},
+    "with its embedding": {"data_type": "nf4", "embeddings": "int4"},
+    "the embedding alone": {"data_type": "none", "embeddings": "nf2"},
+    "tied, with its embedding": {"data_type": "int2", "embeddings": "fp4"},
 }
+
+
+@pytest.fixture(scope="module")
+def tied_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a head that is its embedding."""
+    return write_tiny_model(tmp_path_factory.mktemp("tied"), tie_word_embeddings=True)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("name", STORED)
 def test_a_run_on_a_packed_base_is_resumed_measured_and_merged(
-    name, checkpointing, make_recipe, heldout_file, tmp_path
+    name, checkpointing, make_recipe, tiny_model, tied_model, heldout_file, tmp_path
 ):
     report = QuietReport()
 
     def recipe_in(folder: str):
         return make_recipe(
+            model={"name_or_path": str(tied_model if "tied" in name else tiny_model)},
             quantization=STORED[name],
             data={"eval": [{"path": str(heldout_file)}]},
             training={"max_steps": 4, "gradient_checkpointing": checkpointing},
