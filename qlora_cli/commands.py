@@ -129,7 +129,7 @@ def quantize(recipe: Recipe, report: Report, out: Path) -> dict[str, Any]:
     """Stores the recipe's base quantised in the new folder `out`, with the adapter's start where that changes it."""
     recipe = with_whole_paths(recipe)
     refuse_overwriting(out)
-    if recipe.quantization.data_type == "int8" or (not changes_base(recipe.adapter) and stores_nothing(recipe)):
+    if not changes_base(recipe.adapter) and (recipe.quantization.data_type == "int8" or stores_nothing(recipe)):
         what = f"{recipe.quantization.data_type} is loaded from the full-precision checkpoint as it is"
         raise UserError("quantization.data_type", what, "name another one: --set quantization.data_type=nf4")
     found = find_base(recipe)

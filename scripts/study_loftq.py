@@ -54,7 +54,9 @@ FIRST = {
 
 PLAIN: dict[str, Any] = {"init": "default"}
 LOFTQ: dict[str, Any] = {"init": "loftq"}
+SVD_FIRST: dict[str, Any] = {"init": "loftq", "loftq": {"order": "svd_first"}}
 AWARE: dict[str, Any] = {"init": "loftq", "loftq": {"calibration": 100}}
+AWARE_SVD_FIRST: dict[str, Any] = {"init": "loftq", "loftq": {"calibration": 100, "order": "svd_first"}}
 
 
 def starts(model: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
@@ -69,7 +71,9 @@ def starts(model: str) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
         found[name] = (quantization, PLAIN)
         found[f"{name} + LoftQ"] = (quantization, LOFTQ)
         if name in ("nf4", "int2", "nf2"):
+            found[f"{name} + LoftQ, SVD first"] = (quantization, SVD_FIRST)
             found[f"{name} + aware"] = (quantization, AWARE)
+            found[f"{name} + aware, SVD first"] = (quantization, AWARE_SVD_FIRST)
     return found
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -59,3 +60,62 @@ def test_every_script_that_the_documents_name_is_there():
     for document in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]:
         for name in re.findall(r"\b(?:scripts|tests|configs)/[\w./-]+\.(?:sh|py|yaml)", document.read_text()):
             assert (REPOSITORY / name).exists(), f"{document.name}: {name}"
+
+
+def defined_in(module: Path) -> set[str]:
+    """Functions, classes and constants of a module, methods as Class.method."""
+    names = set()
+    for node in ast.parse(module.read_text()).body:
+        match node:
+            case ast.FunctionDef(name=name):
+                names.add(name)
+            case ast.ClassDef(name=name, body=body):
+                names |= {name, *(f"{name}.{one.name}" for one in body if isinstance(one, ast.FunctionDef))}
+            case ast.Assign(targets=targets):
+                names |= {target.id for target in targets if isinstance(target, ast.Name)}
+            case ast.AnnAssign(target=ast.Name(id=name)):
+                names.add(name)
+    return names
+
+
+def named_in(text: str) -> list[tuple[Path, str]]:
+    """What a document names as `path::name`: tests from the repository on, code from the package on."""
+    found = re.findall(r"`([\w/.-]+\.py)::([^`]+)`", text)
+    return [
+        ((REPOSITORY if path.startswith("tests/") else REPOSITORY / "qlora_cli") / path, name) for path, name in found
+    ]
+
+
+def not_there(text: str) -> list[str]:
+    """Of what a document names, what does not exist."""
+    return [f"{path}::{name}" for path, name in named_in(text) if not path.is_file() or name not in defined_in(path)]
+
+
+def test_code_and_tests_that_the_documents_name_are_there():
+    for document in [*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")]:
+        assert not_there(document.read_text()) == [], document.name
+    assert len(set(named_in((REPOSITORY / "docs" / "papers.md").read_text()))) > 60
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        "tests/test_docs.py::test_no_such_test",
+        "quant/scales.py::Scales.off",
+        "quant/scale.py::absmax",
+        "quant/svd.py::svd",
+    ],
+)
+def test_a_name_that_is_wrong_is_found(wrong):
+    right = "`tests/test_docs.py::defined_in`, `quant/scales.py::Scales.of`, `quant/codebooks.py::CODE_BOOKS`"
+    assert not_there(right) == []
+    assert len(not_there(f"{right}, `{wrong}`")) == 1
+
+
+def test_errors_on_the_page_of_the_papers_are_measured_ones():
+    """In the table of data types, which its script prints, or in the test of the known errors."""
+    measured = (REPOSITORY / "docs" / "quantization.md").read_text()
+    measured += (REPOSITORY / "tests" / "quant" / "test_blockwise.py").read_text()
+    found = set(re.findall(r"\b0\.\d{4}\b", (REPOSITORY / "docs" / "papers.md").read_text()))
+    assert len(found) > 10
+    assert {figure for figure in found if figure not in measured} == set()

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from qlora_cli.data.encode import Example
 from qlora_cli.data.examples import load_examples
@@ -61,5 +62,30 @@ def write_tiny_model(folder: Path, dtype: torch.dtype = torch.float32, **config:
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**settings)).to(dtype)
     model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def write_tiny_gpt2(folder: Path) -> Path:
+    """A GPT-2 with random weights drawn from seed 0, under names without their prefix, as the hub's; a tokenizer."""
+    tokenizer = tiny_tokenizer()
+    config = GPT2Config(
+        n_embd=64,
+        n_layer=2,
+        n_head=4,
+        vocab_size=len(tokenizer),
+        n_positions=512,
+        initializer_range=0.1,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=tokenizer.eos_token_id,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(config)
+    model.save_pretrained(folder)
+    tensors = {name.removeprefix("transformer."): tensor for name, tensor in model.transformer.state_dict().items()}
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
     tokenizer.save_pretrained(folder)
     return folder

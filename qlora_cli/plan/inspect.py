@@ -37,6 +37,9 @@ from qlora_cli.recipe.remote import with_whole_paths
 from qlora_cli.train.reading import encode_role
 from qlora_cli.train.report import Report
 
+IN_BLOCKS = CODES.keys() - {"int8"}
+"""Data types with a scale per block; bitsandbytes' int8 has one per row."""
+
 PLAIN = "none"
 """The data type whose perplexity the others are seen beside; nothing of it is fast or slow."""
 
@@ -140,7 +143,7 @@ def measure_layers(
     Raises UserError where none is left.
     """
     options = next(iter(types.values()))
-    block_size = options.block_size if CODES.keys() & types else 1
+    block_size = options.block_size if IN_BLOCKS & types.keys() else 1
     names, weight_of = linear_names(model, options), of_checkpoint(folder, model)
     if not names:
         raise UserError(folder, "no linear layer to quantise", "check quantization.skip_modules")
@@ -255,7 +258,7 @@ def in_words(result: dict[str, Any]) -> list[str]:
     options, total = result["options"], next(iter(result["types"].values()))
     parameters = f"{total['num_weights']:,} of {result['num_parameters']:,} parameters"
     scales = "quantised scales" if options["double_quant"] else "fp32 scales"
-    blocks = f"blocks of {options['block_size']}, {scales}, " if CODES.keys() & result["types"] else ""
+    blocks = f"blocks of {options['block_size']}, {scales}, " if IN_BLOCKS & result["types"].keys() else ""
     threads = f", {count(result['threads'], 'thread')}" if result["device"] == "cpu" else ""
     rows = f"perplexity over {count(result['rows'], 'row')}, {result['tokens']:,} tokens" if "rows" in result else ""
     return [

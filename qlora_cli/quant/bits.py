@@ -18,9 +18,12 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         return codes
     codes = torch.nn.functional.pad(codes, (0, -len(codes) % (8 // bits)))
     if bits == 4:
-        return codes[::2] << 4 | codes[1::2]
+        return (codes[::2] << 4).bitwise_or_(codes[1::2])
     first, second = codes.view(2, -1, 2)
-    return first[:, 0] << 6 | second[:, 0] << 4 | first[:, 1] << 2 | second[:, 1]
+    packed = first[:, 0] << 6
+    for part, at in ((second[:, 0], 4), (first[:, 1], 2), (second[:, 1], 0)):
+        packed |= part << at
+    return packed
 
 
 def unpack(packed: Tensor, bits: int) -> Tensor:

@@ -59,9 +59,10 @@ def quantize(weight: Tensor, code: Code, block_size: int, double_quant: bool, ex
     found = torch.cat([code.scale(part.float(), code.levels) for part in blocks.split(rows)])
     scales = Scales.of(found, double_quant)
     inverse = _inverse(found if exact else scales.restored())
-    parts = zip(blocks.split(rows), inverse.split(rows), strict=True)
-    codes = [nearest(part.float() * scale, code.levels) for part, scale in parts]
-    return Packed(pack(torch.cat(codes).reshape(-1), code.bits), scales)
+    codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
+    for part, scale, into in zip(blocks.split(rows), inverse.split(rows), codes.split(rows), strict=True):
+        into.copy_(nearest(part.float() * scale, code.levels))
+    return Packed(pack(codes.view(-1), code.bits), scales)
 
 
 def dequantize(packed: Packed, code: Code, shape: torch.Size, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -105,7 +106,9 @@ def _quantize_range(blocks: Tensor, code: Code, rule: RangeRule, double_quant: b
     scales = Scales.of((high - low) / most, double_quant)
     inverse = _inverse(scales.restored())
     zeros = (-low.unsqueeze(1) * inverse).round().clamp(0, most)
-    parts = zip(blocks.split(rows), inverse.split(rows), zeros.split(rows), strict=True)
-    codes = [(part.float() * scale + zero).round().clamp(0, most).to(torch.uint8) for part, scale, zero in parts]
+    codes = torch.empty(blocks.shape, dtype=torch.uint8, device=blocks.device)
+    parts = zip(blocks.split(rows), inverse.split(rows), zeros.split(rows), codes.split(rows), strict=True)
+    for part, scale, zero, into in parts:
+        into.copy_((part.float() * scale + zero).round().clamp(0, most))
     packed_zeros = pack(zeros.to(torch.uint8).reshape(-1), code.bits)
-    return Packed(pack(torch.cat(codes).reshape(-1), code.bits), scales, packed_zeros)
+    return Packed(pack(codes.view(-1), code.bits), scales, packed_zeros)

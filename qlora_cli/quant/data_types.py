@@ -54,8 +54,12 @@ CODES: dict[str, Callable[[bool, str], Code]] = {
     "nf2": _normal("nf2"),
     "int4": uniform(4),
     "int2": _int2,
+    "int8": lambda zero_point, clip: Code(8, symmetric(8)),
 }
-"""The code of a data type in blocks: (zero_point, clip) of the recipe to how its weights are stored."""
+"""The code of a data type in blocks: (zero_point, clip) of the recipe to how its weights are stored.
+
+int8 is stored so only where an adapter's start changes the base; else it is bitsandbytes', in rows.
+"""
 
 UNIFORM = ("int4", "int2")
 """Those that zero_point and clip are for."""

@@ -160,7 +160,7 @@ class _Quantize(ConversionOps):
         for name, value in input_dict.items():
             module, _name = get_module_from_name(model, name)
             weight = value[0] if isinstance(value, list) else value
-            if not weight.isfinite().all():
+            if not all(bound.isfinite() for bound in torch.aminmax(weight)):  # of NaN both are NaN
                 self.quantizer.not_finite.append(name)
                 weight = torch.zeros_like(weight)
             packed = module.packed_from(weight.T if module.transposed else weight)

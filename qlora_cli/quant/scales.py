@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from qlora_cli.quant.codebooks import SCALE_BLOCK, Levels
-from qlora_cli.quant.rounding import nearest
 
 SHARES = tuple(step / 32 for step in range(38, 13, -1))
 """Scales that a search tries, as shares of what just clips nothing; larger ones may put the levels to better places."""
@@ -41,22 +40,26 @@ def percentile(blocks: Tensor, levels: Levels, share: float = 0.99) -> Tensor:
 def two_sigma(blocks: Tensor, levels: Levels) -> Tensor:
     """The larger magnitude of mean ± 2 standard deviations of each block, at most its absmax.
 
-    Source: the uniform quantiser of LoftQ's code (yxli2123/LoftQ, utils.py), there over the whole tensor.
+    Source: the uniform quantiser of LoftQ's GLUE code (yxli2123/LoftQ, glue/utils_qaunt.py), there over the tensor.
     """
     reach = blocks.mean(dim=1).abs() + 2 * blocks.std(dim=1, correction=0)
     return torch.minimum(reach, absmax(blocks, levels))
 
 
 def searched(blocks: Tensor, levels: Levels) -> Tensor:
-    """Of SHARES shares of the absmax the one of least error: clipping a few weights can spare all others."""
-    table = torch.tensor(levels, device=blocks.device)
+    """Of SHARES shares of the absmax the one of least error: clipping a few weights can spare all others.
+
+    levels: uniform ones around zero, to which a weight is rounded by arithmetic.
+    """
+    most = len(set(levels)) // 2
     whole = absmax(blocks, levels)
     units = blocks / whole.clamp(min=TINY).unsqueeze(1)
+    lost = torch.empty_like(units)
 
     def tried() -> Iterator[tuple[Tensor, Tensor]]:
         for share in SHARES:
-            codes = nearest(units / share, levels)
-            yield whole * share, (table[codes.int()] * share - units).square().sum(dim=1)
+            torch.mul(units, most / share, out=lost).round_().clamp_(-most, most)
+            yield whole * share, lost.mul_(share / most).sub_(units).square_().sum(dim=1)
 
     return _least(tried())
 
@@ -105,12 +108,14 @@ def searched_range(blocks: Tensor, levels: Levels) -> tuple[Tensor, Tensor]:
     units = blocks / (high - low).clamp(min=TINY).unsqueeze(1)
     least = -low / (high - low).clamp(min=TINY)
 
+    lost = torch.empty_like(units)
+
     def tried() -> Iterator[tuple[Tensor, Tensor]]:
         for share in SHARES:
             scale = share / most
             zero = (least.unsqueeze(1) * share / scale).round().clamp(0, most)
-            codes = (units / scale + zero).round().clamp(0, most)
-            yield torch.full_like(low, share), ((codes - zero) * scale - units).square().sum(dim=1)
+            torch.div(units, scale, out=lost).add_(zero).round_().clamp_(0, most)
+            yield torch.full_like(low, share), lost.sub_(zero).mul_(scale).sub_(units).square_().sum(dim=1)
 
     share = _least(tried())
     return low * share, high * share

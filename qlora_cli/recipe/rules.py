@@ -19,6 +19,9 @@ from qlora_cli.recipe.schema import Adapter, LoftQ, Recipe, Section, Source
 
 Rule = Callable[[Recipe], Iterator[Problem]]
 
+STORES_ITS_BASE = ("loftq", "pissa", "olora")
+"""Values of adapter.init that change the base, which is stored in blocks."""
+
 
 def length_limits_come_in_pairs(recipe: Recipe) -> Iterator[Problem]:
     """`data.source_max_length` and `target_max_length` are given both or not at all."""
@@ -56,6 +59,7 @@ def block_settings_need_blocks(recipe: Recipe) -> Iterator[Problem]:
     """`quantization.block_size` and `double_quant` are for blocks: int8 keeps one scale per row, none has no scales."""
     quantization = recipe.quantization
     in_blocks = quantization.overrides or quantization.embeddings != "none"
+    in_blocks = in_blocks or (quantization.data_type == "int8" and recipe.adapter.init in STORES_ITS_BASE)
     if quantization.data_type in ("int8", "none") and not in_blocks:
         for name in ("double_quant", "block_size"):
             yield from _no_effect(recipe, "quantization", name, f"with `data_type: {quantization.data_type}`")
@@ -92,10 +96,11 @@ def ranges_need_uniform_levels(recipe: Recipe) -> Iterator[Problem]:
 
 
 def outliers_need_int8(recipe: Recipe) -> Iterator[Problem]:
-    """`quantization.outlier_threshold` is for `data_type: int8` alone."""
-    if recipe.quantization.data_type != "int8":
-        reason = f"with `data_type: {recipe.quantization.data_type}`"
-        yield from _no_effect(recipe, "quantization", "outlier_threshold", reason)
+    """`quantization.outlier_threshold` is for `data_type: int8` alone, where the base is not stored in blocks."""
+    started = recipe.adapter.init in STORES_ITS_BASE
+    if recipe.quantization.data_type != "int8" or started:
+        cause = f"init: {recipe.adapter.init}" if started else f"data_type: {recipe.quantization.data_type}"
+        yield from _no_effect(recipe, "quantization", "outlier_threshold", f"with `{cause}`")
 
 
 def a_continued_adapter_keeps_its_shape(recipe: Recipe) -> Iterator[Problem]:
@@ -127,14 +132,12 @@ def loftq_settings_need_loftq(recipe: Recipe) -> Iterator[Problem]:
 
 
 def a_start_that_changes_the_base_can_store_it(recipe: Recipe) -> Iterator[Problem]:
-    """`adapter.init` loftq, pissa and olora store the base in packed layers: not int8; DoRA cannot read those, and
+    """`adapter.init` loftq, pissa and olora store the base in packed layers, which DoRA cannot read; and
     LoftQ needs something that is quantised. `loftq.calibration` needs rows that do not stream."""
     adapter, kind = recipe.adapter, recipe.quantization.data_type
-    if adapter.init not in ("loftq", "pissa", "olora"):
+    if adapter.init not in STORES_ITS_BASE:
         return
     place = ("adapter", "init")
-    if kind == "int8":
-        yield Problem(place, f"`init: {adapter.init}` with `data_type: int8` is not available yet", "Use nf4 or int4")
     if adapter.use_dora:
         yield Problem(place, f"`init: {adapter.init}` with `use_dora: true` is not available yet", "Use plain LoRA")
     if adapter.init == "loftq" and kind == "none" and not recipe.quantization.overrides:

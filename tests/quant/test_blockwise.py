@@ -38,7 +38,6 @@ CODES = {
     "int4 of the 99th percentile": Code(4, symmetric(4), percentile),
     "int8": Code(8, symmetric(8), absmax),
     "int4 searched": Code(4, symmetric(4), searched),
-    "nf4 searched": Code(4, CODE_BOOKS["nf4"], searched),
     "int2 with zero point": Code(2, counted(2), range=whole_range),
     "int4 with zero point": Code(4, counted(4), range=whole_range),
     "int8 with zero point": Code(8, counted(8), range=whole_range),
@@ -74,7 +73,6 @@ def relative(weight: Tensor, found: Tensor) -> float:
         ("int2 of thirds", 0.336),
         ("int4 with zero point", 0.0911),
         ("Lloyd-Max of 2 bits", 0.344),
-        ("nf4 searched", 0.0855),
     ],
 )
 def test_errors_on_gaussian_weights_are_the_known_ones(name, error, double_quant):
@@ -149,7 +147,6 @@ def test_the_scale_of_pairs_is_the_best_there_is(values, inner):
 @pytest.mark.parametrize(
     ("name", "plain"),
     [
-        ("nf4 searched", "nf4"),
         ("int4 searched", "int4"),
         ("int4 with zero point, searched", "int4 with zero point"),
         ("int2 with zero point, searched", "int2 with zero point"),
