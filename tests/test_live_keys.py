@@ -15,9 +15,10 @@ from qlora_cli.recipe.fields import choices, dotted, fields, same, section_of, s
 from tests.live_keys.bench import Bench, Live
 from tests.live_keys.data_keys import DATA
 from tests.live_keys.model_keys import ADAPTER, MODEL, QUANTIZATION
+from tests.live_keys.start_keys import START
 from tests.live_keys.training_keys import EVALUATION, TOP, TRAINING
 
-LIVE = [*MODEL, *QUANTIZATION, *ADAPTER, *DATA, *TRAINING, *EVALUATION, *TOP]
+LIVE = [*MODEL, *QUANTIZATION, *ADAPTER, *START, *DATA, *TRAINING, *EVALUATION, *TOP]
 
 RULED = {"data.eval[0].weight": 2.0}
 """Keys that a rule refuses for any value but their default."""
@@ -25,7 +26,6 @@ RULED = {"data.eval[0].weight": 2.0}
 NOT_YET: dict[str, list[Any]] = {
     "model.num_labels": [2],
     "model.added_tokens": [["<think>"]],
-    "adapter.loftq.iterations": [1],
     "training.torch_compile": [True],
     "training.neftune_noise_alpha": [5],
     "evaluation.suites": [["mmlu"]],

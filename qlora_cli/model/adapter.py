@@ -149,12 +149,15 @@ def save_adapter(model: Any, folder: Path, base_name: str) -> None:
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
     config = model.peft_config["default"]
-    name, inference = config.base_model_name_or_path, config.inference_mode
+    before = {name: getattr(config, name) for name in ("base_model_name_or_path", "inference_mode", "target_modules")}
     config.base_model_name_or_path, config.inference_mode = base_name, True
+    if isinstance(config.target_modules, set):  # whose order is another one in every process
+        config.target_modules = sorted(config.target_modules)
     try:
         config.save_pretrained(str(folder))
     finally:
-        config.base_model_name_or_path, config.inference_mode = name, inference
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 def in_fp32(model: Any) -> Any:

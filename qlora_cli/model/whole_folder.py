@@ -1,7 +1,7 @@
 """Folders that are whole or not there: written aside, synced, signed with a manifest, then renamed.
 
-Order: temporary folder on the same file system, files, fsync of each, manifest.json last, fsync of the folder, rename,
-fsync of the parent.
+Order: temporary folder on the same file system, files, fsync of each and of the folders inside, manifest.json last,
+fsync of the folder, rename, fsync of the parent.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ def _publish(folder: Path, write: Callable[[Path], object], name: Callable[[File
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
         write(aside)
-        files = sorted(path for path in aside.rglob("*") if path.is_file())
-        for path in files:
+        inside = sorted(aside.rglob("*"))
+        for path in inside:
             sync(path)
+        files = [path for path in inside if path.is_file()]
         described: Files = {str(p.relative_to(aside)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
         (aside / MANIFEST).write_text(json.dumps({"files": described}, indent=1))
         sync(aside / MANIFEST)

@@ -74,11 +74,13 @@ def skip_patterns(quantization: Quantization) -> list[str]:
 
 
 def left_as_they_are(model: nn.Module, quantization: Quantization) -> list[str]:
-    """The linear layers that an override leaves unquantised."""
+    """The linear layers, GPT-2's among them, that an override leaves unquantised."""
+    from transformers.pytorch_utils import Conv1D
+
     if not quantization.overrides:
         return []
     config = packed_config(quantization)
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
     return [name for name in linear if config.storage_of(name) is None]
 
 

@@ -179,6 +179,13 @@ class Bench:
         """The session that training would begin with."""
         return self._once("prepare", recipe, self.prepare_anew)
 
+    def table(self, recipe: Recipe) -> list[dict[str, Any]]:
+        """The lines of a start that changed the base, as stored with it."""
+        record: dict[str, list[dict[str, Any]]] = json.loads(
+            (self.prepared(recipe).base.folder / "start.json").read_text()
+        )
+        return record["table"]
+
     def prepare_anew(self, recipe: Recipe) -> Session:
         deterministic = torch.are_deterministic_algorithms_enabled()
         try:

@@ -20,6 +20,7 @@ from qlora_cli.model.start import STARTS, Line, adapted_layers, changes_base, st
 from qlora_cli.quant.data_types import CODES
 from qlora_cli.quant.linear import PackedLinear
 from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.rules import STORES_ITS_BASE
 from qlora_cli.recipe.schema import Adapter
 from tests.tiny import write_tiny_gpt2
 
@@ -103,7 +104,8 @@ def added(layer: Any) -> Tensor:
 
 def published(folder: Path) -> dict[str, Tensor]:
     """(out, in) fp32: the weights of the checkpoint by the names of their modules."""
-    found = {name.removesuffix(".weight"): t for name, t in load_file(folder / "model.safetensors").items()}
+    tensors = load_file(folder / "model.safetensors").items()
+    found = {name.removesuffix(".weight"): tensor for name, tensor in tensors if tensor.dim() == 2}
     return {f"transformer.{name}": t.T for name, t in found.items()} if "wte" in found else found
 
 
@@ -123,14 +125,18 @@ def test_the_table_says_what_peft_computes(family, name, folders):
     for module, layer in adapted_layers(model).items():
         before = distance(weights[module], multiplied(plain.model.get_submodule(module), base.compute_dtype))
         after = distance(weights[module], multiplied(layer.base_layer, base.compute_dtype) + added(layer))
-        assert (lines[module].before, lines[module].after) == pytest.approx((before, after), rel=1e-4, abs=2e-6)
+        assert lines[module].after == pytest.approx(after, rel=1e-4, abs=2e-6)
+        # a model that loads in bfloat16 is rounded to it before it is quantised, and a start is not
+        assert lines[module].before == pytest.approx(before, rel=3e-3 if "bfloat16" in name else 1e-4, abs=2e-6)
         assert lines[module].rank == min(layer.r["default"], *weights[module].shape)
         assert recipe.adapter.init != "loftq" or after <= before + 1e-7
         assert (layer.lora_B["default"].weight.norm() > 0) == (lines[module].iteration > 0)
         seen.add((layer.r["default"], layer.scaling["default"]))
-    assert len(seen) == (len({str(one) for one in seen}) if patterns else 1)
-    assert len(seen) > 2 or not patterns, "the layers do not differ"
-    assert max(line.before - line.after for line in lines.values()) > (0.01 if recipe.adapter.init == "loftq" else -1)
+    assert len(seen) > 2 if patterns else len(seen) == 1, "the layers do not differ"
+    assert (
+        recipe.adapter.init != "loftq"
+        or max(1 - line.after / line.before for line in lines.values() if line.before) > 0.1
+    )
 
 
 def test_what_is_beyond_the_rank_of_a_weight_adds_nothing(folders):
@@ -159,6 +165,7 @@ def test_the_recipe_offers_every_start():
     offered = set(get_args(Adapter.model_fields["init"].annotation))
     assert {init for init in offered if changes_base(Adapter(init=init))} == set(STARTS)
     assert offered - set(STARTS) == {"default", "gaussian"}
+    assert set(STORES_ITS_BASE) == set(STARTS), "the recipe's rules know them too"
 
 
 def inputs_of(folder: Path, rows: list[list[int]], dtype: torch.dtype) -> dict[str, Tensor]:
@@ -248,7 +255,9 @@ def test_a_calibrated_start_errs_less_in_what_comes_out_of_the_layers(family, fo
             said = float((lost[module] @ root).norm() / (weights[module] @ root).norm())
             assert line.after == pytest.approx(said, rel=1e-3)
             assert line.after <= line.before
-    assert all(errors["aware"][module] < errors["unaware"][module] for module in errors["aware"])
+    ratios = torch.tensor([errors["aware"][module] / errors["unaware"][module] for module in errors["aware"]])
+    assert ratios.max() < 1.02, "no promise of a quantiser, but near"
+    assert ratios.mean() < 0.9
 
 
 def test_several_passes_over_the_rows_give_the_start_of_one(folders, monkeypatch):

@@ -190,20 +190,24 @@ def test_a_merge_writes_the_values_that_are_looked_up(tmp_path, name, dtype):
     assert {"model.embed_tokens", "lm_head"} <= set(quantized_modules(packed))
 
 
-def test_lora_around_it_learns_under_checkpointing(tmp_path):
-    packed, _ = load(folder_of("qwen2", tmp_path), quantization_config=PackedConfig(**SETTINGS["nf4 for all"]))
+def test_lora_around_it_learns_under_checkpointing_and_is_saved_alone(tmp_path):
+    packed, _ = load(folder_of("qwen2", tmp_path / "base"), quantization_config=PackedConfig(**SETTINGS["nf4 for all"]))
     adapted = get_peft_model(packed, LoraConfig(r=4, target_modules="all-linear"))
     assert not any("lora" in name for name, _ in adapted.named_parameters() if "lm_head" in name or "embed" in name)
     gradients = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            adapted.gradient_checkpointing_enable({"use_reentrant": False})
+    for how in (None, {"use_reentrant": False}, {"use_reentrant": True}):
+        if how:
+            enable = getattr(adapted, "activation_checkpointing_enable", None) or adapted.gradient_checkpointing_enable
+            enable(how)
+            adapted.enable_input_require_grads()  # what reentrant checkpointing asks of an embedding
         adapted.train()
         adapted(input_ids=torch.arange(3, 23)[None]).logits.square().mean().backward()
         gradients.append({name: one.grad.clone() for name, one in adapted.named_parameters() if one.requires_grad})
         adapted.zero_grad()
     assert any(grad.abs().sum() > 0 for grad in gradients[0].values())
-    assert all(torch.equal(grad, gradients[1][name]) for name, grad in gradients[0].items())
+    assert all(torch.equal(grad, other[name]) for other in gradients for name, grad in gradients[0].items())
+    adapted.save_pretrained(tmp_path / "adapter")
+    assert all("lora_" in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
 
 
 # ── checkpoints that hold a tied weight twice, and what is refused ───────────────────────────────────────────────────

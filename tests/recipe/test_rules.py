@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from qlora_cli.errors import UserErrors
-from qlora_cli.recipe import Recipe, dump_recipe, load_recipe
+from qlora_cli.recipe import Recipe, dump_recipe, load_recipe, rules
 from qlora_cli.recipe.load import check
 from qlora_cli.recipe.located_yaml import Located, parse_yaml
+from qlora_cli.recipe.problems import Problem
 from qlora_cli.recipe.rules import RULES, broken_rules
 
 BROKEN = [
@@ -70,7 +72,7 @@ BROKEN = [
     ("adapter: {from: run/adapter, r: 8}", "adapter.r", "`r: 8` beside `from: run/adapter`"),
     ("adapter: {from: run/adapter, use_dora: true}", "adapter.use_dora", "`use_dora: true` beside `from: run/adapter`"),
     ("adapter: {from: a, target_modules: [q_proj]}", "adapter.target_modules", "`target_modules: ['q_proj']` beside"),
-    ("adapter: {from: a, loftq: {iterations: 2}}", "adapter.loftq", "`loftq: {iterations: 2}` beside `from: a`"),
+    ("adapter: {from: a, loftq: {iterations: 2}}", "adapter.loftq", "`loftq: {iterations: 2, "),
     (
         "adapter: {use_dora: true}\nquantization: {data_type: int8}",
         "adapter.use_dora",
@@ -80,6 +82,38 @@ BROKEN = [
         "adapter: {loftq: {iterations: 1}}",
         "adapter.loftq.iterations",
         "`iterations: 1` has no effect with `init: default`",
+    ),
+    (
+        "adapter: {init: pissa, loftq: {order: svd_first}}",
+        "adapter.loftq.order",
+        "`order: svd_first` has no effect with `init: pissa`",
+    ),
+    (
+        "adapter: {init: olora, loftq: {calibration: 8}}",
+        "adapter.loftq.calibration",
+        "`calibration: 8` has no effect with `init: olora`",
+    ),
+    ("adapter: {from: run/adapter, init: loftq}", "adapter.init", "`init: 'loftq'` beside `from: run/adapter`"),
+    (
+        "adapter: {init: pissa, use_dora: true}",
+        "adapter.init",
+        "`init: pissa` with `use_dora: true` is not available yet",
+    ),
+    (
+        "adapter: {init: loftq}\nquantization: {data_type: none}",
+        "adapter.init",
+        "`init: loftq` with `data_type: none`: nothing is lost",
+    ),
+    (
+        "adapter: {init: loftq, loftq: {calibration: 8}}\ntraining: {max_steps: 5}\n"
+        "data: {train: [{path: a.jsonl, streaming: true}]}",
+        "adapter.loftq.calibration",
+        "`calibration: 8` with `streaming: true` is not available yet",
+    ),
+    (
+        "adapter: {init: loftq}\nquantization: {data_type: int8, outlier_threshold: 5}",
+        "quantization.outlier_threshold",
+        "`outlier_threshold: 5.0` has no effect with `init: loftq`",
     ),
     (
         "training: {warmup_steps: 0, warmup_ratio: 0.1}",
@@ -159,6 +193,11 @@ SOUND = [
     "adapter: {layers: [0, 1], target_modules: all-linear}",
     "adapter: {layers: [0, 1], target_modules: [q_proj]}",
     "adapter: {init: loftq, loftq: {iterations: 1}}",
+    "adapter: {init: loftq, loftq: {order: svd_first, calibration: 8}}",
+    "adapter: {init: loftq}\nquantization: {data_type: none, overrides: {'*.q_proj': int2}}",
+    "adapter: {init: pissa}\nquantization: {data_type: none}",
+    "adapter: {init: olora}\nquantization: {data_type: int8, block_size: 32, double_quant: false}",
+    "adapter: {init: loftq}\ntraining: {max_steps: 5}\ndata: {train: [{path: a.jsonl, streaming: true}]}",
     "training: {max_steps: 10, epochs: 1}",
     "training: {warmup_steps: 10, warmup_ratio: 0.03}",
     "training: {lr_scheduler: linear, min_lr_ratio: 0.1}",
@@ -199,7 +238,7 @@ def test_every_rule_is_broken_by_one_of_these_and_documented():
         assert any(list(rule(recipe_of(text))) for text, _, _ in BROKEN), rule.__name__
 
 
-@pytest.mark.parametrize("text", [text for text in SOUND if "init: loftq" not in text])
+@pytest.mark.parametrize("text", SOUND)
 def test_no_rule_is_broken_by_writing_the_defaults_out(text: str, tmp_path: Path):
     """resolved.yaml has every key in it."""
     path = tmp_path / "resolved.yaml"
@@ -216,9 +255,13 @@ def test_the_problem_points_at_the_line_of_the_key(tmp_path: Path):
         load_recipe(path)
 
 
-def test_a_rule_says_nothing_of_a_value_that_is_already_refused(tmp_path: Path):
+def test_a_rule_says_nothing_of_a_value_that_is_already_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def ours(recipe: Recipe) -> Iterator[Problem]:
+        yield Problem(("training", "torch_compile"), "`torch_compile: true` is not wanted", "Delete it")
+
+    monkeypatch.setattr(rules, "RULES", (*RULES, ours))
     path = tmp_path / "r.yaml"
-    path.write_text("model: {name_or_path: b}\ndata: {train: [{path: x}]}\nadapter: {loftq: {iterations: 1}}\n")
+    path.write_text("model: {name_or_path: b}\ndata: {train: [{path: x}]}\ntraining: {torch_compile: true}\n")
     with pytest.raises(UserErrors) as caught:
         load_recipe(path)
     assert len(caught.value.problems) == 1
