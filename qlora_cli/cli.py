@@ -53,6 +53,7 @@ def main() -> None:
         print(f"{error.filename}: {error.strerror}. Mend its permissions, or name another place.", file=sys.stderr)
         sys.exit(Exit.FAILED)
     except KeyboardInterrupt:
+        print("interrupted; nothing half-done is kept", file=sys.stderr)
         sys.exit(Exit.SIGINT)
 
 
@@ -206,7 +207,7 @@ def evaluate(
     target: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="A run folder, or a recipe.")],
     overrides: Overrides = None,
     adapter: Annotated[Path | None, typer.Option(help="Another adapter folder than the run's.")] = None,
-    baseline: Annotated[bool, typer.Option("--baseline", help="Measure the base beside it.")] = False,
+    baseline: Annotated[bool, typer.Option("--baseline", help="Measure what training began with beside it.")] = False,
     limit: Annotated[int | None, typer.Option(help="Only the first held-out rows.", min=1)] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -283,7 +284,7 @@ def inspect(
     with problems_as_json(as_json):
         if data is None and (limit or max_length):
             raise UserError("--limit, --max-length", "are about the rows of --data", "name them, or leave it out")
-        names = types.split(",") if types else DATA_TYPES
+        names = [name.strip() for name in types.split(",")] if types else DATA_TYPES
         checked = recipe_of_model(model, names, {"path": data, "limit": limit} if data else None, overrides or ())
         quiet_libraries(checked)
         from qlora_cli import commands, display, report

@@ -20,10 +20,11 @@ from qlora_cli.merge.difference import compare, logits_of
 from qlora_cli.merge.merge import merge_adapter
 from qlora_cli.model.adapter import load_adapter
 from qlora_cli.model.base import AUTO_CLASSES, Base, default_device, find_base, fingerprint, load_base, quiet_loading
+from qlora_cli.model.owner import start_of
 from qlora_cli.model.prequantized import method_of, refuse_merge
 from qlora_cli.model.source import read_config
 from qlora_cli.model.start import changes_base
-from qlora_cli.model.stored_base import Making, start_folder
+from qlora_cli.model.stored_base import Making
 from qlora_cli.model.whole_folder import MANIFEST, fault
 from qlora_cli.plan.inspect import inspect
 from qlora_cli.plan.preview import PAGE_ROWS, bad_rows, preview
@@ -70,7 +71,9 @@ def train(
 def evaluate(
     recipe: Recipe, report: Report, *, adapter: Path | None, baseline: bool, limit: int | None
 ) -> dict[str, Any]:
-    """Held-out loss, perplexity, token accuracy and exact match of the adapter, and of the base with `baseline`.
+    """Held-out loss, perplexity, token accuracy and exact match of the adapter, and with `baseline` of the base.
+
+    Where the adapter's start changed the base, the baseline is that start: what training began with.
 
     adapter: its folder, the run's own where None; with `baseline` a run without one measures the base alone.
     """
@@ -93,14 +96,14 @@ def evaluate(
     refuse_seen(recipe, run_of(adapter) or run, examples)
     refuse_beyond_context(found, examples)
     base = load_base(on_base, default_device(), found)
-    say_base(report, recipe, base)
+    say_base(report, on_base, base)
     say_if_another_base(run, base, report)
     rows = list(islice(examples.rows, limit))
     models: dict[str, Any] = {}
     answers: dict[str, list[Answer]] = {}
     if baseline:
-        with before_training(recipe, base, started=on_base is not recipe) as model:
-            models["base"], answers["base"] = measure(recipe, base, model, rows, report, "base")
+        with before_training(base) as (name, model):
+            models[name], answers[name] = measure(recipe, base, model, rows, report, name)
     if adapter.exists():
         model = load_adapter(base, adapter)
         models["adapter"], answers["adapter"] = measure(recipe, base, model, rows, report, "adapter")
@@ -109,13 +112,14 @@ def evaluate(
 
 
 @contextmanager
-def before_training(recipe: Recipe, base: Base, *, started: bool) -> Iterator[Any]:
-    """The model that training began with: the base, with the adapter's start where that changed the base."""
-    if not started:
-        yield base.model
+def before_training(base: Base) -> Iterator[tuple[str, Any]]:
+    """What training began with, by name: the base, or the start, which is one with an adapter on it that changed it."""
+    start = start_of(base.folder)
+    if start is None:
+        yield "base", base.model
         return
-    model = load_adapter(base, start_folder(base.folder, recipe.adapter))
-    yield model
+    model = load_adapter(base, start)
+    yield "start", model
     model.unload()  # which gives the base its own layers back
 
 
@@ -129,13 +133,13 @@ def quantize(recipe: Recipe, report: Report, out: Path) -> dict[str, Any]:
     """Stores the recipe's base quantised in the new folder `out`, with the adapter's start where that changes it."""
     recipe = with_whole_paths(recipe)
     refuse_overwriting(out)
-    if not changes_base(recipe.adapter) and (recipe.quantization.data_type == "int8" or stores_nothing(recipe)):
-        what = f"{recipe.quantization.data_type} is loaded from the full-precision checkpoint as it is"
+    if not changes_base(recipe.adapter) and stores_nothing(recipe):
+        what = "none: nothing would be quantised"
         raise UserError("quantization.data_type", what, "name another one: --set quantization.data_type=nf4")
     found = find_base(recipe)
     wanted = recipe.adapter.loftq.calibration
     rows = encode_role(recipe, found, "train", report, date.today()).rows if wanted else ()
-    making = Making(report.say, default_device(), calibration_rows(recipe, rows))
+    making = Making(report.say, default_device(), out, calibration_rows(recipe, rows, report))
     table = quantize_base(recipe, found, out, making)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     return {"out": str(out), "bytes": size, "table": [asdict(line) for line in table]}
@@ -223,8 +227,7 @@ def merge(
     refuse_damaged(run.adapter)
     out = out or run.folder / "merged"
     refuse_overwriting(out)
-    refuse_original(recipe, onto)
-    unmerged = measure_unmerged(recipe, run, report)
+    unmerged = measure_unmerged(recipe, run, report, onto)
     chosen = DTYPES[dtype] if dtype else unmerged.compute_dtype
     merged = merge_adapter(
         unmerged.folder,
@@ -255,10 +258,10 @@ def merge(
     return result
 
 
-def refuse_original(recipe: Recipe, onto: str) -> None:
-    """Refuses weights as published where the adapter's start has taken a part out of them."""
-    if onto == "original" and changes_base(recipe.adapter):
-        what = f"the adapter started by {recipe.adapter.init}, whose correction the original weights do not need"
+def refuse_original(folder: Path, onto: str) -> None:
+    """Refuses weights as published where the base is stored as it was trained on, with an adapter's start or not."""
+    if onto == "original" and (start_of(folder) or method_of(read_config(folder))):
+        what = f"{folder} is what the adapter was trained on; the weights as published are others"
         raise UserError("--base original", what, "leave the option out", Exit.REFUSED)
 
 
@@ -274,10 +277,11 @@ def refuse_overwriting(out: Path) -> None:
         raise UserError(out, "is there already, and nothing is overwritten", "name a new folder with --out")
 
 
-def measure_unmerged(recipe: Recipe, run: Run, report: Report) -> Unmerged:
+def measure_unmerged(recipe: Recipe, run: Run, report: Report, onto: str) -> Unmerged:
     """Logits of base + adapter over the first 16 held-out rows, or training rows where there are none."""
     on_base = recipe_of_base(recipe, run)
     found = find_base(on_base)
+    refuse_original(found.folder, onto)
     refuse_merge(read_config(found.folder), found.folder)
     examples = encode_role(recipe, found, "eval" if has_held_out(recipe) else "train", report, date_of(run))
     base = load_base(on_base, default_device(), found)

@@ -89,7 +89,7 @@ class PlainReport(QuietReport):
 
 
 class LiveReport(QuietReport):
-    """A progress bar with the latest figures; other lines scroll above it."""
+    """A progress bar; lines scroll above it."""
 
     def __init__(self) -> None:
         self.console = Console(stderr=True, highlight=False)
@@ -99,7 +99,6 @@ class LiveReport(QuietReport):
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -116,15 +115,13 @@ class LiveReport(QuietReport):
 
     def begin(self, step: int, total_steps: int) -> None:
         self.total_steps = total_steps
-        self.task = self.bar.add_task("train", total=total_steps, completed=step, figures="")
+        self.task = self.bar.add_task("train", total=total_steps, completed=step)
         self.bar.start()
 
     def advance(self, step: int) -> None:
         self.bar.update(self.task, completed=step)
 
     def metrics(self, values: dict[str, Any]) -> None:
-        if "loss" in values:
-            self.bar.update(self.task, figures=figures(values))
         self.say(metrics_line(values, self.total_steps))
 
     def end(self) -> None:
@@ -195,12 +192,8 @@ def print_merge(result: dict[str, Any]) -> None:
 
 
 def print_quantized(result: dict[str, Any]) -> None:
-    """What was stored, and by how much an adapter's start brought the errors down."""
-    console = Console(highlight=False)
-    if table := result["table"]:
-        before, after = (sum(line[side] for line in table) / len(table) for side in ("before", "after"))
-        console.print(f"{len(table)} layers, mean error {before:.4f} -> {after:.4f}", soft_wrap=True)
-    console.print(f"{result['out']}  ({result['bytes']:,} bytes of weights)", soft_wrap=True)
+    """Where the base was stored."""
+    Console(highlight=False).print(f"{result['out']}  ({result['bytes']:,} bytes of weights)", soft_wrap=True)
 
 
 # ── inspect ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -145,7 +145,8 @@ class Study:
         for part in ("tune", "test"):
             on = self.recipe(folder, rate, seed, part)
             measured = commands.evaluate(on, QuietReport(), adapter=None, baseline=True, limit=None)["models"]
-            found["before"][part], found["after"][part] = (measured[one]["loss"] for one in ("base", "adapter"))
+            before = measured.get("start") or measured["base"]
+            found["before"][part], found["after"][part] = before["loss"], measured["adapter"]["loss"]
         return found
 
     def before_training(self) -> float:

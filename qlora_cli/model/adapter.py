@@ -11,9 +11,8 @@ from torch import nn
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.base import Base
-from qlora_cli.model.prequantized import RECORD
+from qlora_cli.model.owner import Owner, refuse_other_base
 from qlora_cli.model.source import read_json
-from qlora_cli.model.whole_folder import MANIFEST, content_name
 from qlora_cli.quant.gptq import package_layers
 from qlora_cli.quant.layers import quantized_linear, quantized_modules
 from qlora_cli.quant.linear4bit import reads_plainly
@@ -66,7 +65,7 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
-        refuse_other_base(base, folder, config.base_model_name_or_path)
+        refuse_other_base(base.folder, folder, config.base_model_name_or_path)
         check_config(base.model, config)
         model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable, config=config)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
@@ -89,37 +88,6 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
     return model
 
 
-AROUND = ".."
-"""How the start of an adapter in a stored base names that base: the folder that it lies in, whatever its name."""
-
-_CONTENT = re.compile("[0-9a-f]{64}")
-
-
-def refuse_other_base(base: Base, folder: Path, named: str | None) -> None:
-    """Refuses an adapter whose start belongs to a stored base on any other.
-
-    A stored base is told by its content, which a run has for the folder's name.
-    """
-    owner = folder.absolute().parent if named == AROUND else Path(named or "")
-    wanted = owner.name if _CONTENT.fullmatch(owner.name) else _stored_content(owner)
-    if wanted is None and named != AROUND:
-        return
-    if wanted is not None and _stored_content(base.folder) == wanted:
-        return
-    if wanted is None:
-        what = "the adapter is the start that lay in a stored base, and is not in it any more"
-        raise UserError(folder, what, "name it where it was stored", Exit.REFUSED)
-    what = f"the adapter belongs to the base {owner}, and this is {base.folder}: its start would be counted twice"
-    raise UserError(folder, what, f"set model.name_or_path: {owner}", Exit.REFUSED)
-
-
-def _stored_content(folder: Path) -> str | None:
-    """The content name of a base that an adapter's start changed; None for any other folder."""
-    if not all((folder / name).is_file() for name in (RECORD, MANIFEST)):
-        return None
-    return content_name(folder) if read_json(folder / RECORD, "it says what the base is").get("table") else None
-
-
 def adapter_tensor_names(folder: Path) -> set[str]:
     """The names of the tensors in a PEFT adapter folder; only safetensors is read, never a pickle."""
     from safetensors import SafetensorError, safe_open
@@ -140,17 +108,18 @@ def adapter_tensor_names(folder: Path) -> set[str]:
         raise UserError(path, f"damaged: {error}", "restore the file") from error
 
 
-def save_adapter(model: Any, folder: Path, base_name: str) -> None:
-    """Writes the adapter as a plain PEFT folder; `base_name` is the hub id or folder others will load below it."""
+def save_adapter(model: Any, folder: Path, owner: Owner) -> None:
+    """Writes the adapter as a plain PEFT folder, and which base it belongs to."""
     import peft
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
+    owner.write(folder)
     config = model.peft_config["default"]
     before = {name: getattr(config, name) for name in ("base_model_name_or_path", "inference_mode", "target_modules")}
-    config.base_model_name_or_path, config.inference_mode = base_name, True
+    config.base_model_name_or_path, config.inference_mode = owner.name, True
     if isinstance(config.target_modules, set):  # whose order is another one in every process
         config.target_modules = sorted(config.target_modules)
     try:

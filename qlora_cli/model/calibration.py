@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.errors import UserError
+
 MOST_BYTES = 2 * 10**9
 """Of second moments that are gathered in one pass over the rows; a larger model takes several passes."""
 
@@ -76,8 +78,19 @@ class _Heard:
         return hook
 
 
-def square_root(moment: Tensor) -> Tensor:
-    """A lower triangular L (in, in) fp32 with L Lᵀ = the moment, damped."""
+def square_root(moment: Tensor, module: str) -> Tensor:
+    """A lower triangular L (in, in) fp32 with L Lᵀ = the moment, damped: tenfold until fp32's rounding is covered.
+
+    Raises UserError for inputs that were not finite.
+    """
+    if not moment.isfinite().all():
+        what = f"the inputs of {module} are not finite over the calibration rows"
+        raise UserError("adapter.loftq.calibration", what, "set quantization.compute_dtype: float32, or leave it out")
     damped = moment.double()
-    damped.diagonal().add_(DAMPING * float(damped.diagonal().mean()) + torch.finfo(torch.float32).tiny)
-    return torch.linalg.cholesky(damped).float()
+    mean = float(damped.diagonal().mean())
+    for damping in (DAMPING, 10 * DAMPING, 100 * DAMPING):
+        damped.diagonal().add_(damping * mean + torch.finfo(torch.float32).tiny)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return root.float()
+    raise AssertionError("a second moment, damped by its own mean, has a root")

@@ -91,9 +91,9 @@ def _fault_of_package(package: str, least: str) -> str:
     return "" if Version(found) >= Version(least) else f"{package} {found} is older than {least}"
 
 
-def refuse_damaged(folder: Path) -> None:
-    """Refuses a base that we stored whose files are not those that its manifest signs."""
-    if (folder / RECORD).is_file() and (reason := fault(folder)):
+def refuse_damaged(folder: Path, *, contents: bool = True) -> None:
+    """Refuses a base that we stored whose files are not those that its manifest signs; see `fault`."""
+    if (folder / RECORD).is_file() and (reason := fault(folder, contents=contents)):
         raise UserError(folder, reason, "bring the folder back as it was: no other base fits its adapters")
 
 

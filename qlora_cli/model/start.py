@@ -73,7 +73,7 @@ def measures(
     for portion in calibration.portions(model, names):
         moments = calibration.second_moments(model, portion, rows)
         for name in portion:
-            yield name, Measure(calibration.square_root(moments[name]) if name in moments else None)
+            yield name, Measure(calibration.square_root(moments[name], name) if name in moments else None)
 
 
 def start_layer(adapter: Adapter, name: str, layer: Any, weight: Tensor, how: tuple[torch.dtype, Measure]) -> Line:

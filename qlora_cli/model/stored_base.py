@@ -16,11 +16,12 @@ from typing import Any
 import torch
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.model.adapter import AROUND, attach_adapter, save_adapter
+from qlora_cli.model.adapter import attach_adapter, save_adapter
 from qlora_cli.model.base import Base, Found, load_base, quiet_loading, readable_bytes
+from qlora_cli.model.owner import AROUND, Owner
 from qlora_cli.model.prequantized import RECORD, method_of
 from qlora_cli.model.source import read_config
-from qlora_cli.model.start import Line, changes_base, start_layers
+from qlora_cli.model.start import Line, adapted_layers, changes_base, start_layers
 from qlora_cli.model.whole_folder import MANIFEST, sha256
 from qlora_cli.quant.layers import stored_tensors
 from qlora_cli.recipe.schema import Adapter, Quantization, Recipe
@@ -54,10 +55,14 @@ NO_COMPANIONS = ("config.json", MANIFEST)
 
 @dataclass(frozen=True)
 class Making:
-    """What a base is made with, beside the recipe. say: tells a line; rows: token ids of the calibration rows."""
+    """What a base is made with, beside the recipe.
+
+    say: tells a line; target: where it will be found; rows: token ids of the calibration rows.
+    """
 
     say: Callable[[str], None]
     device: torch.device
+    target: Path
     rows: Sequence[Sequence[int]] = ()
 
 
@@ -81,8 +86,8 @@ def write_base(place: Path, recipe: Recipe, found: Found, made_from: dict[str, A
     With a start that changes it the adapter's start lies inside, and each line of the table is told when it is made.
     """
     started = changes_base(recipe.adapter)
-    base = load_base(recipe, making.device, found, packed=started)
-    check_room(base, place, making.say)
+    base = load_base(recipe, making.device, found, packed=started or recipe.quantization.data_type == "int8")
+    check_room(base, place, making)
     table = list(start_base(place, recipe, base, making)) if started else []
     with quiet_loading():
         base.model.save_pretrained(place)
@@ -97,33 +102,45 @@ def write_base(place: Path, recipe: Recipe, found: Found, made_from: dict[str, A
 def start_base(place: Path, recipe: Recipe, base: Base, making: Making) -> Iterator[Line]:
     """Changes the base to the one that the adapter's start belongs to, and writes the start into `place`."""
     model = attach_adapter(base, recipe.adapter, recipe.model.task)
+    number, lines = len(adapted_layers(model)), []
+    of = "error of outputs" if making.rows else "error"
     for line in start_layers(recipe, base, model, making.rows):
-        making.say(told(recipe.adapter, line))
+        lines.append(line)
+        kept = f"iteration {line.iteration}" if line.iteration else "plain quantisation is best"
+        errors = f"{of} {line.before:.4f} -> {line.after:.4f}"
+        making.say(f"{recipe.adapter.init:<8} {len(lines)}/{number} {line.module}  rank {line.rank}  {errors}  {kept}")
         yield line
-    save_adapter(model, start_folder(place, recipe.adapter), AROUND)
+    before, after = (sum(getattr(line, side) for line in lines) / number for side in ("before", "after"))
+    making.say(f"{recipe.adapter.init:<8} {number} layers, mean {of} {before:.4f} -> {after:.4f}")
+    save_adapter(model, start_folder(place, recipe.adapter), Owner(AROUND))
     model.unload()  # the base has its own layers again
 
 
-def check_room(base: Base, place: Path, say: Callable[[str], None]) -> None:
+def check_room(base: Base, place: Path, making: Making) -> None:
     """Says what the stored base will take. Raises UserError where the disk has less."""
     size = sum(tensor.numel() * tensor.element_size() for _kind, tensor in stored_tensors(base.model))
     free = shutil.disk_usage(place).free
-    say(f"base     {readable_bytes(size)} will be stored in {place.parent}")
+    making.say(f"base     {readable_bytes(size)} of weights will be stored in {making.target}")
     if free < size:
         what = f"{size:,} bytes are needed for the stored base and {free:,} are free"
-        raise UserError(place.parent, what, "free space or choose another place", Exit.FAILED)
-
-
-def told(adapter: Adapter, line: Line) -> str:
-    """A line of the table for people."""
-    kept = f"iteration {line.iteration}" if line.iteration else "plain quantisation is best"
-    return f"{adapter.init:<8} {line.module}  rank {line.rank}  error {line.before:.4f} -> {line.after:.4f}  {kept}"
+        raise UserError(making.target, what, "free space or choose another place", Exit.FAILED)
 
 
 def companions(folder: Path) -> list[Path]:
     """Tokenizer, chat template, generation defaults and code of a model folder."""
     found = (path for pattern in ("*.json", "*.model", "*.txt", "*.jinja", "*.py") for path in folder.glob(pattern))
     return [path for path in found if path.name not in NO_COMPANIONS and not path.name.endswith(".index.json")]
+
+
+def made_of(recipe: Recipe) -> dict[str, Any]:
+    """The part of a recipe that says what is stored, as JSON."""
+    quantization = recipe.quantization.model_dump(exclude={"compute_dtype", "outlier_threshold"})
+    return {
+        "model": recipe.model.name_or_path,
+        "revision": recipe.model.revision,
+        "quantization": quantization,
+        "adapter": recipe.adapter.model_dump(by_alias=True),
+    }
 
 
 def made_from(recipe: Recipe, folder: Path, dtype: torch.dtype, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -133,13 +150,11 @@ def made_from(recipe: Recipe, folder: Path, dtype: torch.dtype, rows: Sequence[S
     """
     files = [folder / "config.json", *folder.glob("*.safetensors"), *companions(folder)]
     return {
-        "model": recipe.model.name_or_path,
-        "revision": recipe.model.revision,
+        **made_of(recipe),
         "files": {path.name: sha256(path) for path in sorted(files)},
-        "quantization": recipe.quantization.model_dump(),
-        "adapter": recipe.adapter.model_dump(by_alias=True),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "seed": recipe.training.seed,
+        "calibration_rows": len(rows),
         "calibration": hashlib.sha256(json.dumps([list(row) for row in rows]).encode()).hexdigest() if rows else None,
     }
 

@@ -19,6 +19,9 @@ from qlora_cli.errors import Exit, UserError
 
 MANIFEST = "manifest.json"
 
+UNSIGNED = ("README.md",)
+"""Files that people may edit: no part of the content."""
+
 Files = dict[str, dict[str, int | str]]
 """Size and SHA-256 of each file of a folder, by its path in it."""
 
@@ -26,8 +29,19 @@ Files = dict[str, dict[str, int | str]]
 def publish(folder: Path, write: Callable[[Path], object]) -> Path:
     """Makes `folder` appear with all that `write` puts into it and a manifest, or not at all.
 
+    The caller is the only one at work there, so that what lies aside is of a write that was killed.
     Raises UserError (exit 1) where the disk is full or the place cannot be written.
     """
+    return _publish(folder, write, lambda files: folder)
+
+
+def publish_new(folder: Path, write: Callable[[Path], object]) -> Path:
+    """As `publish`, where others may be at work. Raises UserError for what lies aside, of whatever it is."""
+    folder = folder.resolve()
+    aside = _aside(folder)
+    if aside.exists():
+        what = "is there: another process is writing, or one was killed"
+        raise UserError(aside, what, "delete it if nobody is at work, or choose another place")
     return _publish(folder, write, lambda files: folder)
 
 
@@ -45,9 +59,13 @@ def _digest(files: Files) -> str:
     return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
 
 
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.tmp")
+
+
 def _publish(folder: Path, write: Callable[[Path], object], name: Callable[[Files], Path]) -> Path:
     """Writes beside `folder` and gives it the name that its files call for."""
-    aside = folder.with_name(f".{folder.name}.tmp")
+    aside = _aside(folder)
     try:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
@@ -55,7 +73,7 @@ def _publish(folder: Path, write: Callable[[Path], object], name: Callable[[File
         inside = sorted(aside.rglob("*"))
         for path in inside:
             sync(path)
-        files = [path for path in inside if path.is_file()]
+        files = [path for path in inside if path.is_file() and path.name not in UNSIGNED]
         described: Files = {str(p.relative_to(aside)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}
         (aside / MANIFEST).write_text(json.dumps({"files": described}, indent=1))
         sync(aside / MANIFEST)
@@ -95,8 +113,8 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def fault(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint, "" if its manifest verifies.
+def fault(checkpoint: Path, *, contents: bool = True) -> str:
+    """What is wrong with a checkpoint, "" if its manifest verifies; without `contents` by the sizes of its files alone.
 
     Raises UserError where the disk fails to read it, which proves nothing against the checkpoint.
     """
@@ -108,7 +126,7 @@ def fault(checkpoint: Path) -> str:
                 return f"{name} is missing"
             if path.stat().st_size != facts["size"]:
                 return f"{name} has {path.stat().st_size} bytes, {facts['size']} were written"
-            if sha256(path) != facts["sha256"]:
+            if contents and sha256(path) != facts["sha256"]:
                 return f"{name} has changed since it was written"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"

@@ -80,8 +80,8 @@ def measure(weight: Tensor, quantizer: Quantizer) -> Figures:
     """What the quantiser makes of a finite weight (out, in) fp32, on the weight's device."""
     stored, quantize_s = fastest(lambda: quantizer(weight), weight.device)
     found, dequantize_s = fastest(stored.values, weight.device)
-    lost = (found.float() - weight).square_().sum(dtype=torch.float64).item()
-    energy = weight.square().sum(dtype=torch.float64).item()
+    lost = (found.double() - weight).square_().sum().item()
+    energy = weight.double().square_().sum().item()
     num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in stored.tensors)
     return Figures(weight.numel(), num_bytes, lost, energy, quantize_s, dequantize_s)
 

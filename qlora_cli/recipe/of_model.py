@@ -11,6 +11,7 @@ from qlora_cli.errors import UserError, UserErrors
 from qlora_cli.recipe.fields import choices, type_at
 from qlora_cli.recipe.load import recipe_of
 from qlora_cli.recipe.located_yaml import Located, Place
+from qlora_cli.recipe.rules import STORES_ITS_BASE
 from qlora_cli.recipe.schema import Recipe
 
 DATA_TYPES = tuple(str(name) for name in choices(type_at(("quantization", "data_type"))) if name != "none")
@@ -45,21 +46,23 @@ def recipe_of_model(
     raise refused[0]
 
 
-MADE_OF = ("model", "quantization", "adapter", "data", "training.seed")
-"""What bears on a quantised base and an adapter's start."""
-
-
 def recipe_to_quantize(model: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe that trains nothing: the model and how it is quantised, as the overrides say.
 
-    Raises UserError for an override that has nothing to do with that, and as load_recipe does.
+    Raises UserError for an override that has nothing to do with what is stored, and as load_recipe does.
     """
-    for text in overrides:
-        if not text.strip().startswith(MADE_OF):
-            todo = f"what may be set is {', '.join(MADE_OF)}"
-            raise UserError(f"--set {text}", "has nothing to do with the stored base", todo)
     values: dict[str, Any] = {"model": {"name_or_path": model}, "data": {"train": [{"path": os.devnull}]}}
-    return recipe_of(values, Located("MODEL", 1, values={("model",): Place(1, 1, 1, "MODEL")}), overrides)
+    recipe = recipe_of(values, Located("MODEL", 1, values={("model",): Place(1, 1, 1, "MODEL")}), overrides)
+    started, calibrated = recipe.adapter.init in STORES_ITS_BASE, bool(recipe.adapter.loftq.calibration)
+    counts = {"model": True, "quantization": True, "adapter": started, "training.seed": started, "data": calibrated}
+    for text in overrides:
+        if not any(counts[name] for name in counts if text.strip().startswith(name)):
+            known = ", ".join(name for name, does in counts.items() if does)
+            raise UserError(f"--set {text}", "changes nothing in what is stored", f"what counts here is {known}")
+    if calibrated and recipe.data.train[0].path == os.devnull:
+        todo = "--set 'data.train=[{path: rows.jsonl}]'"
+        raise UserError("adapter.loftq.calibration", "there are no rows to calibrate on", todo)
+    return recipe
 
 
 def _values(model: str, data_type: str, rows: dict[str, Any] | None) -> tuple[dict[str, Any], Located]:

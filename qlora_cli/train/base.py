@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qlora_cli.data.encode import Example
-from qlora_cli.errors import UserError
+from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.adapter import CONFIG
 from qlora_cli.model.base import Found, compute_dtype_for
-from qlora_cli.model.prequantized import RECORD, method_of
+from qlora_cli.model.prequantized import RECORD, method_of, refuse_damaged
 from qlora_cli.model.source import fetch_weights, read_config, read_json
 from qlora_cli.model.start import changes_base
-from qlora_cli.model.stored_base import Line, Making, made_from, on_stored_base, write_base
-from qlora_cli.model.whole_folder import fault, publish, publish_by_content
+from qlora_cli.model.stored_base import Line, Making, made_from, made_of, on_stored_base, write_base
+from qlora_cli.model.whole_folder import fault, publish_by_content, publish_new
 from qlora_cli.recipe import Recipe
 from qlora_cli.train.checkpoint import checkpoints
-from qlora_cli.train.run import Run
+from qlora_cli.train.report import Report
+from qlora_cli.train.run import Run, differences
 from qlora_cli.train.step import seed_everything
 
 
@@ -32,7 +33,18 @@ def recipe_of_base(recipe: Recipe, run: Run) -> Recipe:
     if not folder.is_dir():
         what = "is not there, and the run was trained on it"
         raise UserError(folder, what, "bring the folder back: no other base fits its adapters")
+    refuse_damaged(folder, contents=False)  # what loads it reads every byte
+    refuse_other_making(recipe, folder)
     return on_stored_base(recipe, folder)
+
+
+def refuse_other_making(recipe: Recipe, folder: Path) -> None:
+    """Refuses keys that are other ones than when the base was made: they would have no effect on what is stored."""
+    made = read_json(folder / RECORD, "it says what the base was made of").get("made_from", {})
+    for name, value in made_of(recipe).items():
+        for line in differences(made.get(name), json.loads(json.dumps(value)), name):
+            what = f"{line}, and the run's base is what was stored"
+            raise UserError(folder, what, "give the key its old value back, or make another run", Exit.REFUSED)
 
 
 def name_of_base(run: Run) -> str | None:
@@ -52,6 +64,7 @@ def make_base(recipe: Recipe, run: Run, found: Found, making: Making) -> Path:
     for folder in sorted(run.base.glob("[0-9a-f]*")):
         if not fault(folder) and json.dumps(read_json(folder / RECORD, "")["made_from"]) == json.dumps(settings):
             return folder
+        making.say(f"note     {folder} is of an earlier attempt with other settings: delete it if it is not needed")
     seed_everything(recipe.training.seed)  # what is beyond LoftQ's rank starts at random
     folder = publish_by_content(run.base, lambda place: write_base(place, recipe, found, settings, making))
     making.say(f"base     {folder}")
@@ -66,18 +79,22 @@ def quantize_base(recipe: Recipe, found: Found, out: Path, making: Making) -> li
     settings = made_from(recipe, found.folder, dtype, making.rows)
     table: list[Line] = []
     seed_everything(recipe.training.seed)
-    publish(out, lambda place: table.extend(write_base(place, recipe, found, settings, making)))
+    publish_new(out, lambda place: table.extend(write_base(place, recipe, found, settings, making)))
     return table
 
 
 def refuse_quantized(found: Found, where: str, why: str) -> None:
     """Refuses a base that is stored quantised already, or that is what a start left of the weights."""
     if method_of(read_config(found.folder)) is not None or (found.folder / RECORD).is_file():
-        what = f"{why}: {found.folder} is stored without them"
+        what = f"{why}: {found.folder} is stored quantised, or what a start left of the weights"
         raise UserError(where, what, "start from the full-precision checkpoint")
 
 
-def calibration_rows(recipe: Recipe, rows: Sequence[Example]) -> list[list[int]]:
+def calibration_rows(recipe: Recipe, rows: Sequence[Example], report: Report) -> list[list[int]]:
     """The token ids of the rows that `adapter.loftq.calibration` asks for, evenly spread over the training data."""
-    count = min(recipe.adapter.loftq.calibration, len(rows))
+    wanted = recipe.adapter.loftq.calibration
+    count = min(wanted, len(rows))
+    if wanted:
+        fewer = f" ({wanted:,} were asked for)" if count < wanted else ""
+        report.say(f"loftq    errors are weighed by what {count:,} of {len(rows):,} rows feed into each layer{fewer}")
     return [list(rows[index * len(rows) // count].input_ids) for index in range(count)]

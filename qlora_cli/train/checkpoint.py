@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.adapter import WEIGHTS, save_adapter
+from qlora_cli.model.owner import Owner
 from qlora_cli.model.whole_folder import fault, publish
 from qlora_cli.train.optimizers import optimizer_state, restore_optimizer
 
@@ -42,12 +43,12 @@ class Progress:
 
 
 def save_checkpoint(
-    folder: Path, model: Any, optimizer: Optimizer, progress: Progress, base_name: str, keep: int
+    folder: Path, model: Any, optimizer: Optimizer, progress: Progress, owner: Owner, keep: int
 ) -> Path:
     """Writes `folder`/step-NNNNNN and returns it; deletes all but the newest `keep` once it is safely there."""
 
     def write(place: Path) -> None:
-        save_adapter(model, place, base_name)
+        save_adapter(model, place, owner)
         tensors, rest = optimizer_state(optimizer)
         save_file(tensors, place / "optimizer.safetensors")
         states = {f"{rank}.{name}": t for rank, state in enumerate(progress.random) for name, t in state.items()}

@@ -21,7 +21,7 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.tasks.causal_lm import Batch, PackedBatch, batches, collate_packed
 from qlora_cli.train.checkpoint import Progress, save_checkpoint
 from qlora_cli.train.optimizers import set_learning_rate
-from qlora_cli.train.publish import base_name, publish_adapter
+from qlora_cli.train.publish import owner_of, publish_adapter
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, append_metrics
 from qlora_cli.train.schedules import lr_factor
@@ -69,7 +69,7 @@ def take_steps(session: Session, last_step: int) -> None:
             if session.step == last_step or code or session.step % training.save_steps == 0:
                 save(session)
             if code:
-                session.report.say(f"stopped  behind step {session.step}, which is saved; the same command goes on")
+                session.report.say(f"stopped  after step {session.step}, which is saved; the same command goes on")
                 raise Interrupted(code)
 
 
@@ -184,8 +184,8 @@ def save(session: Session) -> None:
     if session.accelerator.is_main_process:
         progress = Progress(session.step, random, session.logged, session.place)
         keep = session.recipe.training.save_total_limit
-        name = base_name(session.recipe, session.base)
-        save_checkpoint(session.run.checkpoints, session.model, session.optimizer, progress, name, keep)
+        owner = owner_of(session.recipe, session.base)
+        save_checkpoint(session.run.checkpoints, session.model, session.optimizer, progress, owner, keep)
     session.accelerator.wait_for_everyone()
 
 

@@ -10,8 +10,10 @@ from qlora_cli import __version__
 from qlora_cli.data.chat import find_template
 from qlora_cli.model.adapter import save_adapter
 from qlora_cli.model.base import Base
+from qlora_cli.model.owner import Owner, changed_content
 from qlora_cli.model.start import changes_base
 from qlora_cli.model.whole_folder import publish
+from qlora_cli.quant.layers import is_packed
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.schema import Quantization
 
@@ -25,21 +27,45 @@ tags: [qlora, lora]
 
 Trained by qlora {version} for {steps} optimizer steps on {data}
 (base stored as {stored}, compute in {compute_dtype}, learning rate {learning_rate:g}, seed {seed}).
+"""
 
+QUANTIZED = """
 ```python
 from peft import AutoPeftModelForCausalLM
 
 model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
 ```
+
+It was trained on the quantised base, so quantise the base as above when you load it, or run `qlora merge`.
 """
 
-QUANTIZED = """
-It was trained on the quantised base, so quantise the base as above when you load it, or run `qlora merge`.
+PACKED = """
+It was trained on the quantised base, in packed layers of `qlora`: `qlora quantize RECIPE --out BASE` stores them, and
+
+```python
+import qlora_cli.quant.plugin  # teaches transformers the packed layers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "path/to/this/folder")
+```
+
+loads them. Where there are no packed layers, run `qlora merge`.
 """
 
 STARTED = """
 Its start ({init}) changed the base: it belongs to `{folder}` and to no other.
-Import `qlora_cli.quant.plugin` before you load that, or run `qlora merge`.
+
+```python
+import qlora_cli.quant.plugin  # teaches transformers the packed layers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+base = AutoModelForCausalLM.from_pretrained("path/to/that/folder")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+
+Where there are no packed layers, run `qlora merge`.
 """
 
 
@@ -47,7 +73,7 @@ def publish_adapter(folder: Path, model: Any, base: Base, recipe: Recipe, steps:
     """Writes the adapter folder, whole or not at all; PEFT and vLLM load it as it is."""
 
     def write(place: Path) -> None:
-        save_adapter(model, place, base_name(recipe, base))
+        save_adapter(model, place, owner_of(recipe, base))
         base.tokenizer.chat_template = trained_template(recipe, base)
         base.tokenizer.save_pretrained(place)
         (place / "README.md").write_text(card(recipe, base, steps))
@@ -55,10 +81,10 @@ def publish_adapter(folder: Path, model: Any, base: Base, recipe: Recipe, steps:
     return publish(folder, write)
 
 
-def base_name(recipe: Recipe, base: Base) -> str:
-    """How an adapter folder names its base: the hub id, or the folder's whole path, so that PEFT finds it anywhere."""
+def owner_of(recipe: Recipe, base: Base) -> Owner:
+    """The base as an adapter folder names it: by hub id, or by its whole path, so that PEFT finds it anywhere."""
     name = str(base.folder) if changes_base(recipe.adapter) else recipe.model.name_or_path
-    return os.path.abspath(name) if os.path.isdir(name) else name
+    return Owner(os.path.abspath(name) if os.path.isdir(name) else name, changed_content(base.folder))
 
 
 def trained_template(recipe: Recipe, base: Base) -> str | None:
@@ -71,7 +97,6 @@ def card(recipe: Recipe, base: Base, steps: int) -> str:
     defaults = Quantization().model_dump()
     given = {name: value for name, value in recipe.quantization.model_dump().items() if value != defaults[name]}
     stored = {"data_type": recipe.quantization.data_type, **given}
-    started = STARTED.format(init=recipe.adapter.init, folder=base.folder)
     text = CARD.format(
         base=recipe.model.name_or_path,
         version=__version__,
@@ -82,4 +107,6 @@ def card(recipe: Recipe, base: Base, steps: int) -> str:
         learning_rate=recipe.training.learning_rate,
         seed=recipe.training.seed,
     )
-    return text + (started if changes_base(recipe.adapter) else QUANTIZED)
+    if changes_base(recipe.adapter):
+        return text + STARTED.format(init=recipe.adapter.init, folder=base.folder)
+    return text + (PACKED if is_packed(recipe.quantization) else QUANTIZED)

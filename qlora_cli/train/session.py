@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from qlora_cli.train.reading import (
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import TRAINED_ON, Run, date_of, metrics_until, read_facts, write_facts
 from qlora_cli.train.step import restore_random_state, seed_everything
+
+START_TIME = timedelta(hours=12)
+"""So long the other processes wait while the main one makes the base of an adapter's start."""
 
 
 @dataclass
@@ -78,11 +82,12 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     if isinstance(feed, StreamFeed):
         refuse_long_stream(found, feed)
     if on_base is recipe and changes_base(recipe.adapter):
-        making = Making(report.say, accelerator.device, calibration_rows(recipe, feed.examples.rows))
+        rows = calibration_rows(recipe, feed.examples.rows, report)
+        making = Making(report.say, accelerator.device, run.base, rows)
         on_base = with_made_base(recipe, run, found, making, accelerator)
         found = find_base(on_base)
     base = load_base(on_base, accelerator.device, found)
-    say_base(report, recipe, base)
+    say_base(report, on_base, base)
     base_digest = fingerprint(base.model)
     packed = keep_apart(recipe, base, report, max(feed.longest, int(eval_set.lengths.max(initial=0))))
 
@@ -138,13 +143,19 @@ def build_accelerator(recipe: Recipe, run: Run) -> Any:
     """
     from accelerate import Accelerator
     from accelerate.tracking import get_available_trackers
+    from accelerate.utils import InitProcessGroupKwargs
 
     installed = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
     if absent := [name for name in recipe.report_to if name not in installed]:
         raise UserError(
             "report_to", f"{', '.join(absent)} is not installed", "run `pip install 'qlora[track]'`", Exit.ENVIRONMENT
         )
-    accelerator = Accelerator(log_with=list(recipe.report_to) or None, project_dir=str(run.folder))
+    patience = InitProcessGroupKwargs(timeout=START_TIME) if changes_base(recipe.adapter) else None
+    accelerator = Accelerator(
+        log_with=list(recipe.report_to) or None,
+        project_dir=str(run.folder),
+        kwargs_handlers=[patience] if patience else None,
+    )
     if recipe.report_to:
         sections = {name: part for name, part in recipe.model_dump(by_alias=True).items() if isinstance(part, dict)}
         flat = {f"{name}.{key}": str(value) for name, part in sections.items() for key, value in part.items()}

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.adapter import attach_adapter, load_adapter, save_adapter
 from qlora_cli.model.base import load_base
+from qlora_cli.model.owner import Owner
 from tests.tiny import write_tiny_model
 
 CPU = torch.device("cpu")
@@ -154,7 +155,7 @@ def saved(attach, tmp_path) -> Path:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    save_adapter(model, tmp_path / "adapter", "some/base")
+    save_adapter(model, tmp_path / "adapter", Owner("some/base"))
     return tmp_path / "adapter"
 
 
@@ -167,7 +168,10 @@ def test_a_saved_adapter_loads_equal_and_in_plain_peft(saved, make_recipe):
         base = load_base(recipe, CPU).model(ids).logits
     assert torch.equal(ours, plain)
     assert not torch.allclose(ours, base)
-    assert json.loads((saved / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+    config = json.loads((saved / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "some/base"
+    assert len(config["target_modules"]) > 1
+    assert config["target_modules"] == sorted(config["target_modules"]), "PEFT's order is another one in every process"
 
 
 def test_from_continues_an_adapter_with_its_weights_trainable(saved, make_recipe):
@@ -200,7 +204,7 @@ def test_dora_is_refused_where_peft_would_misread_the_base_also_from_a_folder(
     plain = make_recipe(
         model={"name_or_path": str(folder)}, quantization={"data_type": "none"}, adapter={"use_dora": True}
     )
-    save_adapter(attach_adapter(load_base(plain, CPU), plain.adapter), tmp_path / "dora", str(folder))
+    save_adapter(attach_adapter(load_base(plain, CPU), plain.adapter), tmp_path / "dora", Owner(str(folder)))
     quantised = make_recipe(model={"name_or_path": str(folder)}, quantization=quantization)
     with pytest.raises(UserError, match=r"DoRA dequantises the base by itself, and would read .* wrongly") as error:
         load_adapter(load_base(quantised, CPU), tmp_path / "dora")
@@ -213,7 +217,7 @@ def test_a_continued_adapter_keeps_every_bit_of_its_fp32_file(attach, make_recip
     for parameter in model.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter)
-    save_adapter(model, tmp_path / "adapter", "base")
+    save_adapter(model, tmp_path / "adapter", Owner("base"))
     recipe = make_recipe(adapter={"from": str(tmp_path / "adapter")}, quantization={"compute_dtype": "bfloat16"})
     got = peft.get_peft_model_state_dict(attach_adapter(load_base(recipe, CPU), recipe.adapter))
     for name, tensor in load_file(tmp_path / "adapter" / "adapter_model.safetensors").items():

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
+from qlora_cli.errors import UserError
 from qlora_cli.model import calibration
 from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import Base, load_base
@@ -225,11 +226,25 @@ def test_a_module_that_no_row_reaches_has_no_moment():
 def test_the_square_root_is_one_where_the_rows_span_less_than_the_inputs():
     x = torch.randn((5, 64), generator=torch.Generator().manual_seed(0)) * 100
     moment = x.T @ x / 5
-    root = calibration.square_root(moment)
+    root = calibration.square_root(moment, "q_proj")
     damped = moment + calibration.DAMPING * moment.diagonal().mean() * torch.eye(64)
     torch.testing.assert_close(root @ root.T, damped, rtol=1e-4, atol=1e-2)
     assert torch.equal(root, root.tril())
-    assert calibration.square_root(torch.zeros(4, 4)).isfinite().all()
+    assert calibration.square_root(torch.zeros(4, 4), "q_proj").isfinite().all()
+
+
+def test_a_moment_that_rounding_made_indefinite_has_a_root_all_the_same():
+    x = torch.randn((64, 64), generator=torch.Generator().manual_seed(0)).double()
+    turned = torch.linalg.qr(x).Q
+    moment = ((turned * torch.tensor([1000.0, *[-0.05] * 63])) @ turned.T).float()  # damping's first step adds 0.016
+    root = calibration.square_root((moment + moment.T) / 2, "q_proj")
+    assert (root @ root.T - moment).norm() < 0.2 * moment.norm()
+
+
+def test_inputs_that_are_not_finite_are_told_with_their_module():
+    moment = torch.eye(4).index_fill(0, torch.tensor([1]), torch.nan)
+    with pytest.raises(UserError, match=r"adapter\.loftq\.calibration: the inputs of v_proj are not finite"):
+        calibration.square_root(moment, "v_proj")
 
 
 CALIBRATED = {"loftq": {"calibration": len(ROWS)}}
@@ -251,7 +266,7 @@ def test_a_calibrated_start_errs_less_in_what_comes_out_of_the_layers(family, fo
         }
         errors[name] = {module: float((seen[module] @ lost[module].T).norm()) for module in layers}
         for module, line in lines.items() if adapter else ():
-            root = calibration.square_root(seen[module].T @ seen[module] / len(seen[module]))
+            root = calibration.square_root(seen[module].T @ seen[module] / len(seen[module]), module)
             said = float((lost[module] @ root).norm() / (weights[module] @ root).norm())
             assert line.after == pytest.approx(said, rel=1e-3)
             assert line.after <= line.before

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model import whole_folder
-from qlora_cli.model.whole_folder import MANIFEST, content_name, fault, publish, publish_by_content, sha256
+from qlora_cli.model.whole_folder import MANIFEST, content_name, fault, publish, publish_by_content, publish_new, sha256
 
 
 def write_files(place: Path) -> None:
@@ -146,3 +147,40 @@ def test_the_files_are_synced_before_the_rename_and_the_manifest_is_last(tmp_pat
     monkeypatch.setattr(Path, "rename", lambda path, to: (calls.append("rename"), rename(path, to))[1])
     publish(tmp_path / "whole", write_files)
     assert calls == ["start", "state.json", "weights.bin", MANIFEST, ".whole.tmp", "rename", tmp_path.name]
+
+
+def test_a_new_folder_is_not_written_where_another_process_may_be_at_work(tmp_path):
+    (tmp_path / ".new.tmp").mkdir()
+    (tmp_path / ".new.tmp" / "theirs").write_text("precious")
+    with pytest.raises(UserError, match=r"\.new\.tmp: is there: another process is writing, or one was killed"):
+        publish_new(tmp_path / "new", write_files)
+    assert (tmp_path / ".new.tmp" / "theirs").read_text() == "precious"
+    shutil.rmtree(tmp_path / ".new.tmp")
+    assert fault(publish_new(tmp_path / "new", write_files)) == ""
+
+
+def test_a_new_folder_may_be_the_empty_one_that_one_is_in(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert publish_new(Path("."), write_files) == tmp_path / "here"
+    assert fault(tmp_path / "here") == ""
+
+
+def test_a_readme_is_no_part_of_the_content(tmp_path):
+    def write(place: Path) -> None:
+        write_files(place)
+        (place / "README.md").write_text("mine")
+
+    path = publish_by_content(tmp_path, write)
+    assert path == publish_by_content(tmp_path, write_files)
+    (path / "README.md").write_text("edited")
+    assert fault(path) == ""
+
+
+def test_sizes_alone_do_not_tell_a_flipped_bit(tmp_path):
+    folder = publish(tmp_path / "whole", write_files)
+    flip_a_bit(folder / "weights.bin")
+    assert fault(folder, contents=False) == ""
+    assert fault(folder)
+    (folder / "weights.bin").write_bytes(b"")
+    assert fault(folder, contents=False)

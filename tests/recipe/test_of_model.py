@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qlora_cli.errors import UserError
-from qlora_cli.recipe.of_model import DATA_TYPES, recipe_of_model
+from qlora_cli.recipe.of_model import DATA_TYPES, recipe_of_model, recipe_to_quantize
 
 ROWS = {"path": "rows.jsonl", "limit": 3}
 
@@ -64,3 +64,23 @@ def test_an_option_that_would_change_nothing_is_refused_with_those_that_do(optio
         f"--set {option}: sets nothing that counts here. What may be set is model: revision, trust_remote_code; "
         "quantization: double_quant, block_size, compute_dtype, skip_modules, zero_point, clip."
     )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["adapter.r=4"], "--set adapter.r=4: changes nothing in what is stored"),
+        (["adapter.init=loftq", "data.eval_fraction=0.1"], "--set data.eval_fraction=0.1: changes nothing"),
+        (["training.epochs=1"], "--set training.epochs=1: changes nothing"),
+        (["adapter.init=loftq", "adapter.loftq.calibration=8"], "there are no rows to calibrate on"),
+    ],
+)
+def test_what_bears_on_no_stored_base_is_refused(overrides, told):
+    with pytest.raises(UserError, match=told):
+        recipe_to_quantize("some/model", overrides)
+
+
+def test_what_bears_on_a_stored_base_is_taken():
+    overrides = ["quantization.data_type=int2", "adapter.init=loftq", "adapter.loftq.calibration=8", "training.seed=3"]
+    recipe = recipe_to_quantize("some/model", [*overrides, "data.train=[{path: rows.jsonl}]"])
+    assert (recipe.quantization.data_type, recipe.adapter.loftq.calibration, recipe.training.seed) == ("int2", 8, 3)

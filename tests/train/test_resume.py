@@ -145,7 +145,7 @@ def test_a_signal_finishes_the_step_saves_and_says_so(tiny_model, rows_file, tmp
     _, told = process.communicate(timeout=60)
     assert process.returncode == code
     assert "finishing this step and saving" in told
-    assert re.search(r"stopped  behind step [34], which is saved; the same command goes on", told)
+    assert re.search(r"stopped  after step [34], which is saved; the same command goes on", told)
     assert "Traceback" not in told
     assert [path.name for path in checkpoints(run / "checkpoints")] in (["step-000003"], ["step-000004"])
 

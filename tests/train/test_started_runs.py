@@ -180,7 +180,7 @@ def test_a_started_run_is_resumed_measured_and_merged(name, bench, tmp_path):
     losses = [json.loads(line)["loss"] for line in whole.metrics.read_text().splitlines() if '"loss"' in line]
     assert losses[-1] < losses[0]
     measured = evaluate(recipe, baseline=True)
-    assert measured["adapter"] < measured["base"]
+    assert measured["adapter"] < measured["start"]
     merged = merge(halves, recipe)
     assert merged["same_base"]
     assert merged["difference"]["max_abs"] < 1e-3
@@ -201,15 +201,15 @@ def loaded(recipe: Recipe, run: Run) -> tuple[Any, Any]:
 def test_the_base_and_its_size_are_told_before_the_start_is_computed(name, bench):
     run = bench.whole(name)
     told = bench.told[name]
-    (at,) = (number for number, line in enumerate(told) if "will be stored in" in line)
+    (at,) = (number for number, line in enumerate(told) if "of weights will be stored in" in line)
     size = sum(t.numel() * t.element_size() for t in load_file(base_of(run) / "model.safetensors").values())
-    said = re.search(r"base +([\d.]+ \w+) will be stored in (.*)", told[at])
+    said = re.search(r"base +([\d.]+ \w+) of weights will be stored in (.*)", told[at])
     assert said is not None
     assert said[2].startswith(str(run.base))
     units = {"B": 1, "kB": 1000, "MB": 10**6}
     number, unit = said[1].split()
     assert float(number) * units[unit] == pytest.approx(size, rel=0.02), readable_bytes(size)
-    table = [line for line in told if line.startswith(f"{KINDS[name].adapter['init']} ")]
+    table = [line for line in told if re.match(rf"{KINDS[name].adapter['init']} +\d+/\d+ ", line)]
     assert len(table) == (8 if KINDS[name].model == "gpt2" else 14)
     assert at < told.index(table[0])
     assert told.index(f"base     {base_of(run)}") > told.index(table[-1])
@@ -242,7 +242,7 @@ def test_an_adapter_is_refused_on_any_other_base(bench, tmp_path, tiny_model):
     }
     for name, recipe in others.items():
         for adapter in (run.adapter, start):
-            with pytest.raises(UserError, match=rf"belongs to the base {base_of(run)}, and this is .*twice") as error:
+            with pytest.raises(UserError, match=rf"was trained on {base_of(run)}, and .*other weights") as error:
                 evaluate(recipe, adapter)
             assert error.value.code == Exit.REFUSED, name
         with pytest.raises(UserError, match="the start that lay in a stored base, and is not in it any more") as error:
@@ -251,7 +251,7 @@ def test_an_adapter_is_refused_on_any_other_base(bench, tmp_path, tiny_model):
     continued = bench.recipe(
         Kind({"data_type": "int2"}, {"r": 16, "alpha": 32, "from": str(run.adapter)}), tmp_path / "x"
     )
-    with pytest.raises(UserError, match=f"belongs to the base {base_of(run)}"):
+    with pytest.raises(UserError, match=f"was trained on {base_of(run)}"):
         train(continued)
 
 
@@ -259,7 +259,7 @@ def test_the_original_weights_and_the_original_base_are_exit_3_on_the_command_li
     run = bench.whole()
     ended = qlora("merge", run.folder, "--base", "original", "--out", tmp_path / "out")
     assert ended.code == Exit.REFUSED
-    assert "--base original: the adapter started by loftq" in ended.err
+    assert "is what the adapter was trained on; the weights as published are others" in ended.err
     path = tmp_path / "recipe.yaml"
     path.write_text(dump_recipe(bench.recipe(Kind({"data_type": "int2"}, {}), tmp_path / "plain")))
     ended = qlora("eval", path, "--adapter", run.adapter)
@@ -319,11 +319,11 @@ def test_a_base_under_the_name_of_another_is_refused(bench, tmp_path):
     shutil.rmtree(base)
     shutil.copytree(base_of(bench.whole("loftq, nf4")), base)
     for verb in (evaluate, lambda recipe: merge(run, recipe)):
-        with pytest.raises(UserError, match=f"belongs to the base .*{base.name}") as error:
+        with pytest.raises(UserError, match=f"{base.name}: quantization") as error:
             verb(recipe)
         assert error.value.code == Exit.REFUSED
     shutil.rmtree(run.adapter)
-    with pytest.raises(UserError, match=r"run\.json: the base model has changed|belongs to the base"):
+    with pytest.raises(UserError, match=r"run\.json: the base model has changed|quantization"):
         train(recipe)
 
 
@@ -372,7 +372,7 @@ def test_the_start_of_a_stored_base_can_be_continued_in_another_run(bench, tmp_p
     assert weights(run) == weights(bench.whole()), "it is the same start"
     assert not run.base.exists()
     assert merge(run, recipe)["difference"]["max_abs"] < 1e-3
-    with pytest.raises(UserError, match=f"belongs to the base {base}") as error:
+    with pytest.raises(UserError, match=f"was trained on {base}") as error:
         evaluate(bench.recipe(Kind({"data_type": "int2"}, {}), tmp_path / "plain"), run.adapter)
     assert error.value.code == Exit.REFUSED
     assert evaluate(bench.recipe(INT2, bench.whole().folder), run.adapter) == evaluate(recipe), "it is the same base"
@@ -388,9 +388,7 @@ def test_a_stored_base_is_not_quantised_again_nor_started_again(name, bench, tmp
         ):
             train(stored_again)
     kind = Kind({"data_type": "nf4"}, {"init": "loftq"})
-    with pytest.raises(
-        UserError, match=r"adapter\.init: loftq needs the unquantised weights: .* is stored without them"
-    ):
+    with pytest.raises(UserError, match=r"adapter\.init: loftq needs the unquantised weights: .* is stored quantised"):
         train(bench.recipe(kind, tmp_path / "b", model=base))
 
 
