@@ -56,6 +56,7 @@ PEERS: dict[str, str] = {
     "load_in_8bit": "`quantization.data_type: int8`",
     "quantize_base": "`quantization.data_type: nf4`",
     "quantization_bit": "`quantization.data_type`: nf4 for 4, int8 for 8, none for 16",
+    "bits": "`quantization.data_type`: nf4 for 4, int2 for 2, int8 for 8",
     "quantization_method": LEAVE + "`quantization.data_type` says it all",
     "quant_config": "`quantization.data_type`: nf4 for 4 bits, int8 for 8, none for 16",
     "bnb_4bit_quant_type": "`quantization.data_type`",
@@ -74,7 +75,7 @@ PEERS: dict[str, str] = {
     "mixed_precision": "`quantization.compute_dtype`",
     "tf32": LEAVE + "matrices are multiplied in `quantization.compute_dtype`",
     "fp8": LEAVE + "matrices are multiplied in `quantization.compute_dtype`",
-    "gptq": LEAVE + "the base is quantised here, from unquantised weights; see `quantization.data_type`",
+    "gptq": LEAVE + "a GPTQ checkpoint says so itself; else the base is quantised here: `quantization.data_type`",
     # the adapter
     "adapter_name_or_path": "`adapter.from`",
     "lora_model_dir": "`adapter.from`",
