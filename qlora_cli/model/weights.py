@@ -35,17 +35,6 @@ def of_checkpoint(folder: Path, model: Any) -> Weights:
     return weight
 
 
-def of_model(model: Any) -> Weights:
-    """The weights of an unquantised model in memory."""
-
-    def weight(module: str) -> Tensor:
-        layer = model.get_submodule(module)
-        stored = layer.weight.detach().float()
-        return stored.T if is_transposed(layer) else stored
-
-    return weight
-
-
 def is_transposed(module: nn.Module) -> bool:
     """Whether the checkpoint has the module's weight as (in, out)."""
     module = getattr(module, "base_layer", module)  # below an adapter

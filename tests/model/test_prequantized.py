@@ -78,7 +78,7 @@ def test_the_missing_package_is_told_before_any_data_is_read(qlora, tmp_path):
     (tmp_path / "rows.jsonl").write_text("no row\n")
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(f"model: {{name_or_path: {folder}}}\ndata: {{train: [{{path: rows.jsonl}}]}}\n")
-    ended = qlora("train", recipe)
+    ended = qlora("train", recipe, "--set", f"output_dir={tmp_path / 'run'}")
     assert ended.code == Exit.ENVIRONMENT
     assert "pip install 'qlora[gptq]'" in ended.err
     assert "rows.jsonl" not in ended.err
