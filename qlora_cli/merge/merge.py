@@ -26,8 +26,8 @@ from qlora_cli.model.safetensors_stream import (
     Entry,
     SafetensorsWriter,
     disk,
-    sync_folder,
 )
+from qlora_cli.model.whole_folder import sync
 from qlora_cli.quant.layers import layer_values
 from qlora_cli.recipe.schema import Quantization
 
@@ -184,9 +184,9 @@ def _new_folder(out: Path, num_bytes: int) -> Iterator[Path]:
     try:
         yield partial
         with disk(out, num_bytes):
-            sync_folder(partial)
+            sync(partial)
             partial.rename(out)  # onto nothing, or an empty folder; anything else fails
-            sync_folder(out.parent)
+            sync(out.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

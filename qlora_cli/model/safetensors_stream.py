@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qlora_cli.errors import Exit, UserError
+from qlora_cli.model.whole_folder import sync
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64,
@@ -186,17 +187,8 @@ class SafetensorsWriter:
                     self.file.flush()
                     os.fsync(self.file.fileno())
                     self.partial.replace(self.path)
-                    sync_folder(self.path.parent)
+                    sync(self.path.parent)
         finally:
             with suppress(OSError):  # what a full disk left in the buffer is lost with the partial file
                 self.file.close()
             self.partial.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

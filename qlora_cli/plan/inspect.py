@@ -77,7 +77,7 @@ def inspect(recipe: Recipe, data_types: Sequence[str], report: Report, max_lengt
     dtype = compute_dtype_for(recipe.quantization.compute_dtype, device)
     fetch_weights(recipe.model, folder)
     model = skeleton(recipe, folder, config)
-    layers, left_out = measure_layers(folder, model, types, dtype, device, report)
+    layers, left_out = measure_layers(folder, model, types, (dtype, device), report)
     result = {
         "model": given,
         "num_parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -135,13 +135,14 @@ def skeleton(recipe: Recipe, folder: Path, config: Any) -> Any:
 
 
 def measure_layers(
-    folder: Path, model: Any, types: Types, dtype: torch.dtype, device: torch.device, report: Report
+    folder: Path, model: Any, types: Types, on: tuple[torch.dtype, torch.device], report: Report
 ) -> tuple[list[Layer], list[UserError]]:
     """Every linear layer outside skip_modules, measured, and why others are not.
 
     A weight that one type cannot take is left out of all, so that their totals are of the same weights.
-    Raises UserError where none is left.
+    on: what layers compute in, and where. Raises UserError where none is left.
     """
+    dtype, device = on
     options = next(iter(types.values()))
     block_size = options.block_size if IN_BLOCKS & types.keys() else 1
     names, weight_of = linear_names(model, options), of_checkpoint(folder, model)
