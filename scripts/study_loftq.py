@@ -12,8 +12,10 @@ a study that was stopped goes on where it was. scripts/study_loftq_page.py makes
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import shutil
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -126,14 +128,19 @@ class Study:
 
     def run(self, rate: float, seed: int) -> dict[str, Any]:
         """Mean losses of the rows for tuning and for testing, before and after training; from the file if known."""
-        known = json.loads(self.file.read_text()) if self.file.exists() else []
         key = {"start": self.name, "rate": rate, "seed": seed, "steps": self.steps}
-        for one in known:
+        for one in self.known():
             if key.items() <= one.items():
                 return dict(one)
         found = {**key, **self.trained(rate, seed)}
-        self.file.write_text("[\n" + ",\n".join(json.dumps(one) for one in [*known, found]) + "\n]\n")
+        with (Path(tempfile.gettempdir()) / f"{self.file.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # other processes may write other starts to the same file
+            self.file.write_text("[\n" + ",\n".join(json.dumps(one) for one in [*self.known(), found]) + "\n]\n")
         return found
+
+    def known(self) -> list[dict[str, Any]]:
+        """The finished runs."""
+        return json.loads(self.file.read_text()) if self.file.exists() else []
 
     def trained(self, rate: float, seed: int) -> dict[str, Any]:
         """Trains, measures and deletes the run."""

@@ -54,13 +54,22 @@ def training_table(runs: list[dict[str, Any]]) -> str:
 def tuned(runs: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
     """The runs of every start at its rate, the one of least tuning loss with the first seed; all three seeds."""
     found = {}
-    for name in dict.fromkeys(one["start"] for one in runs):
+    for name in sorted({one["start"] for one in runs}, key=lambda start: _place(*start.partition(" + ")[::2])):
         mine = [one for one in runs if one["start"] == name]
         best = min((one for one in mine if one["seed"] == 1), key=lambda one: one["after"]["tune"])
         seeds = [one for one in mine if one["rate"] == best["rate"]]
         if len(seeds) == SEEDS:
             found[name] = seeds
     return found
+
+
+def _place(stored: str, start: str) -> tuple[int, int]:
+    """Where a start stands in a table."""
+    return STORED.index(stored), STARTED.index(start)
+
+
+STORED = ["16-bit LoRA", "nf4", "int4", "3 bits", "2.5 bits", "2.25 bits", "int2", "nf2"]
+STARTED = ["", "LoftQ", "LoftQ, SVD first", "aware", "aware, SVD first"]
 
 
 def errors_table(found: list[dict[str, Any]]) -> str:
@@ -96,26 +105,39 @@ def draw(folder: Path) -> None:
     matplotlib.use("svg")
     matplotlib.rcParams["svg.hashsalt"] = "qlora"  # the same file for the same figures
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-    shown = [one for one in json.loads((folder / "errors.json").read_text()) if one["source"] == "GPT-2"]
-    figure, axes = pyplot.subplots(figsize=(7, 4))
-    for one, (style, marker) in zip(shown, [(s, m) for m in "osv^Dx*+" for s in ("-", "--")], strict=False):
-        label = f"{one['type']}, r {one['rank']}, {one['order'].replace('_', ' ')}"
-        axes.plot(range(1, len(one["ratios"]) + 1), one["ratios"], style, marker=marker, markersize=4, label=label)
-    axes.set(xlabel="T", ylabel="error ÷ plain quantisation's", title="GPT-2's attention matrices")
-    axes.legend(fontsize=6, ncols=2)
+    errors = [one for one in json.loads((folder / "errors.json").read_text()) if one["source"] == "GPT-2"]
+    ranks = sorted({one["rank"] for one in errors})
+    figure, axes = pyplot.subplots(1, len(ranks), figsize=(10, 4.5), sharey=True, layout="constrained")
+    for rank, place in zip(ranks, axes, strict=True):
+        for one in (one for one in errors if one["rank"] == rank):
+            style = "-" if one["order"] == "quantize_first" else "--"
+            look = {"marker": MARKERS[one["type"]], "markersize": 4, "color": "black", "linewidth": 0.8}
+            label = f"{one['type']}, {one['order'].replace('_', ' ')}"
+            place.plot(range(1, len(one["ratios"]) + 1), one["ratios"], style, label=label, **look)
+        place.set(xlabel="T", title=f"GPT-2's attention matrices, rank {rank}")
+    axes[0].set_ylabel("error ÷ plain quantisation's")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=8)
     figure.savefig(folder / "errors.svg", metadata={"Date": None})
+
     files = sorted(folder.glob("*-r*.json"))
-    figure, rows = pyplot.subplots(1, len(files), figsize=(5 * len(files), 5), squeeze=False)
-    for axes, file in zip(rows[0], files, strict=True):
+    figure, grid = pyplot.subplots(-(-len(files) // 2), 2, figsize=(10, 9), squeeze=False, layout="constrained")
+    for place, file in zip(grid.flat, files, strict=False):
         best = tuned(json.loads(file.read_text()))
         after = [np.exp([one["after"]["test"] for one in runs]) for runs in best.values()]
         spread = [[one.mean() - one.min() for one in after], [one.max() - one.mean() for one in after]]
-        axes.errorbar([one.mean() for one in after], [*best], xerr=spread, fmt="o", capsize=3)
-        axes.set(title=file.stem, xlabel="perplexity after training", xscale="log")
-        axes.invert_yaxis()
-    figure.tight_layout()
+        place.errorbar([one.mean() for one in after], [*best], xerr=spread, fmt="o", color="black", capsize=3)
+        place.set(title=file.stem, xlabel="perplexity after training", xscale="log")
+        place.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 6, 7, 8)))
+        place.xaxis.set_major_formatter(ScalarFormatter())
+        place.xaxis.set_minor_formatter(NullFormatter())
+        place.grid(axis="y", linewidth=0.3)
+        place.invert_yaxis()
     figure.savefig(folder / "training.svg", metadata={"Date": None})
+
+
+MARKERS = {"nf4": "o", "int4": "s", "int2": "v", "nf2": "x"}
 
 
 if __name__ == "__main__":

@@ -39,9 +39,9 @@ def test_a_start_without_all_seeds_is_not_in_the_table(page: Any) -> None:
             for seed, loss in enumerate(of_seeds, start=1)
         ]
 
-    whole, half = runs("whole", {0.1: [2.0], 0.2: [1.0, 1.1, 1.2]}), runs("half", {0.1: [1.0, 1.0]})
+    whole, half = runs("nf4", {0.1: [2.0], 0.2: [1.0, 1.1, 1.2]}), runs("int4", {0.1: [1.0, 1.0]})
     assert [[one["rate"] for one in best] for best in page.tuned([*whole, *half]).values()] == [[0.2] * 3]
-    assert "half" not in page.training_table([*whole, *half])
+    assert "int4" not in page.training_table([*whole, *half])
 
 
 WHEN = ("before", "after")
