@@ -18,15 +18,14 @@ from qlora_cli.data.rows import count
 from qlora_cli.errors import UserError
 from qlora_cli.evaluate.loss import held_out_loss
 from qlora_cli.model.base import (
-    AUTO_CLASSES,
     Found,
-    check_skipped,
     compute_dtype_for,
     default_device,
     find_base,
     load_base,
     load_config,
 )
+from qlora_cli.model.skeleton import skeleton
 from qlora_cli.model.source import fetch_weights, file_of, locate
 from qlora_cli.model.weights import of_checkpoint
 from qlora_cli.quant.data_types import CODES
@@ -117,21 +116,6 @@ def unquantized_config(recipe: Recipe, folder: Path) -> Any:
     if getattr(config, "quantization_config", None) is not None:
         raise UserError(folder, "this model is stored quantised", "inspect its full-precision checkpoint")
     return config
-
-
-def skeleton(recipe: Recipe, folder: Path, config: Any) -> Any:
-    """The model without its weights, on the meta device. Raises UserError where transformers cannot build it."""
-    import transformers
-
-    auto = getattr(transformers, AUTO_CLASSES[recipe.model.task])
-    try:
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
-    except (ValueError, KeyError, ImportError, RuntimeError) as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise UserError(folder, f"transformers cannot build this model: {cause}", "check its config.json") from error
-    check_skipped(model, recipe.quantization.skip_modules)
-    return model
 
 
 def measure_layers(

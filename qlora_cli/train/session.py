@@ -15,6 +15,7 @@ from qlora_cli.data.examples import Examples
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.adapter import attach_adapter, load_adapter
 from qlora_cli.model.base import Base, Found, find_base, fingerprint, load_base
+from qlora_cli.model.skeleton import check_storage
 from qlora_cli.model.start import changes_base
 from qlora_cli.model.stored_base import Making, on_stored_base, start_folder
 from qlora_cli.model.whole_folder import fault
@@ -73,6 +74,7 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     accelerator = build_accelerator(recipe, run)
     on_base = recipe_of_base(recipe, run)
     found = find_base(on_base)
+    check_storage(on_base, found)
     today = date_of(run)
     feed = open_feed(recipe, found, report, today, global_batch(recipe, accelerator))  # a bad row is told in seconds
     eval_set = encode_role(recipe, found, "eval", report, today)
