@@ -133,8 +133,8 @@ def quantize(recipe: Recipe, report: Report, out: Path) -> dict[str, Any]:
     """Stores the recipe's base quantised in the new folder `out`, with the adapter's start where that changes it."""
     recipe = with_whole_paths(recipe)
     refuse_overwriting(out)
-    if not changes_base(recipe.adapter) and stores_nothing(recipe):
-        what = "none: nothing would be quantised"
+    if not changes_base(recipe.adapter) and (recipe.quantization.data_type == "int8" or stores_nothing(recipe)):
+        what = f"{recipe.quantization.data_type} is made of the full-precision checkpoint whenever it is loaded"
         raise UserError("quantization.data_type", what, "name another one: --set quantization.data_type=nf4")
     found = find_base(recipe)
     wanted = recipe.adapter.loftq.calibration

@@ -101,8 +101,9 @@ def find_base(recipe: Recipe) -> Found:
     Raises UserError where the folder or its tokenizer are not fit to train on.
     """
     folder = locate(recipe.model)
-    refuse_storage_keys(recipe.quantization, read_config(folder), folder)
-    refuse_start(recipe.adapter, read_config(folder), folder)
+    stored = read_config(folder)
+    refuse_storage_keys(recipe.quantization, stored, folder)
+    refuse_start(recipe.adapter, stored, folder)
     tokenizer = load_tokenizer(folder, recipe.model)
     return Found(folder, tokenizer, stop_token_ids(folder, tokenizer), load_config(folder, recipe.model))
 

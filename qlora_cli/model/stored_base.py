@@ -86,7 +86,7 @@ def write_base(place: Path, recipe: Recipe, found: Found, made_from: dict[str, A
     With a start that changes it the adapter's start lies inside, and each line of the table is told when it is made.
     """
     started = changes_base(recipe.adapter)
-    base = load_base(recipe, making.device, found, packed=started or recipe.quantization.data_type == "int8")
+    base = load_base(recipe, making.device, found, packed=started)
     check_room(base, place, making)
     table = list(start_base(place, recipe, base, making)) if started else []
     with quiet_loading():

@@ -181,8 +181,9 @@ def test_on_a_cpu_it_is_not_even_imported(monkeypatch):
     monkeypatch.setitem(sys.modules, "qlora_cli.quant.triton_kernels", None)
     monkeypatch.delattr("qlora_cli.quant.triton_kernels")
     code = CODES["int4"](False, "auto")
-    packed = quantize(torch.randn(4, 64), code, 64, double_quant=True)
-    kernels.dequantize(packed, code, 64, torch.Size((4, 64)), torch.float32)
+    packed, shape = quantize(torch.randn(4, 64), code, 64, double_quant=True), torch.Size((4, 64))
+    found = kernels.dequantize(packed, code, 64, shape, torch.float32)
+    assert torch.equal(found, blockwise.dequantize(packed, code, shape))
 
 
 def test_a_compiled_layer_calls_it_and_gives_the_same_bits(monkeypatch):
