@@ -327,6 +327,34 @@ def quantize(
         display.print_quantized(result)
 
 
+@app.command()
+def arena(
+    ratings: Annotated[list[str], typer.Argument(metavar="RATINGS...", help="Files of judgements, folders, patterns.")],
+    reference: Annotated[str | None, typer.Option(help="The model whose mean score is 100 percent.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the orders.", min=0)] = 0,
+    orders: Annotated[int, typer.Option(help="Random orders of the games.", min=2)] = 10_000,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw it: .png or .svg.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rate models by judgements: Elo, and scores in percent of a reference's.
+
+    Example: qlora arena ratings/*.jsonl --plot elo.svg
+    """
+    from qlora_cli import display_arena, report
+    from qlora_cli.evaluate import arena as room
+
+    with problems_as_json(as_json):
+        if plot:
+            report.check_plot(plot)
+        result = room.arena(ratings, reference, seed, orders)
+        if plot:
+            report.write_arena(plot, result)
+    if as_json:
+        print_json(result)
+    else:
+        display_arena.print_arena(result)
+
+
 def recipe_of(target: Path, overrides: list[str] | None) -> Recipe:
     """The recipe of a run folder, as it was understood when the run began, or the recipe in a file."""
     from qlora_cli.recipe import load_recipe

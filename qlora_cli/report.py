@@ -145,7 +145,7 @@ def piece(part: dict[str, Any]) -> str:
     return f'<span class="{names}"{title}>{text}</span>' if names else text
 
 
-# ── the plot of an inspection ────────────────────────────────────────────────────────────────────────────────────────
+# ── plots of an inspection and of an arena ───────────────────────────────────────────────────────────────────────────
 
 PLOTS = (".png", ".svg")
 LINES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"), ("-", "x"), ("--", "v"), ("-.", "+"))
@@ -172,8 +172,18 @@ def check_plot(path: Path) -> None:
 
 def write_plot(path: Path, result: dict[str, Any]) -> None:
     """Draws the error by layer, a line per data type, of what `plan.inspect.inspect` returns; a PNG or an SVG."""
+    write_figure(path, error_plot(result))
+
+
+def write_arena(path: Path, result: dict[str, Any]) -> None:
+    """Draws ratings and percentages with their intervals, of what `evaluate.arena.arena` returns; a PNG or an SVG."""
+    write_figure(path, arena_plot(result))
+
+
+def write_figure(path: Path, figure: Any) -> None:
+    """Writes matplotlib's figure into a new file, in the format of its ending."""
     drawn = BytesIO()
-    error_plot(result).savefig(drawn, format=path.suffix[1:].lower(), dpi=150, bbox_inches="tight")
+    figure.savefig(drawn, format=path.suffix[1:].lower(), dpi=150, bbox_inches="tight")
     try:
         with path.open("xb") as file:
             file.write(drawn.getvalue())
@@ -201,3 +211,30 @@ def error_plot(result: dict[str, Any]) -> Any:
     axes.grid(axis="y", which="both", linewidth=0.3)
     axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     return figure
+
+
+def arena_plot(result: dict[str, Any]) -> Any:
+    """matplotlib's figure: best on top; Elo with the middle 95% of the orders, percentages with their interval."""
+    from matplotlib.figure import Figure
+
+    elo, percent = result["elo"], result["percent"]
+    panels = [(f"Elo, 95% of {elo['orders']:,} orders", [bar_of_elo(row) for row in elo["models"]])]
+    if percent:
+        label = f"score in percent of {percent['reference']}'s, 95% interval"
+        panels.append((label, [(row["model"], row["percent"], *2 * [row["ci95"] or 0]) for row in percent["models"]]))
+    most = max(len(rows) for _, rows in panels)
+    figure = Figure(figsize=(6 * len(panels), 1 + 0.35 * most), layout="constrained")
+    for axes, (label, rows) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        names, middles, below, above = zip(*rows, strict=True)
+        at = range(len(rows))
+        axes.errorbar(middles, at, xerr=(below, above), fmt="o", markersize=4, linewidth=1, capsize=3, color="black")
+        axes.set_yticks(at, names, parse_math=False)
+        axes.invert_yaxis()
+        axes.set_xlabel(label, parse_math=False)
+        axes.grid(axis="x", linewidth=0.3)
+    return figure
+
+
+def bar_of_elo(row: dict[str, Any]) -> tuple[str, float, float, float]:
+    """A model's name, its rating, and how far the range reaches below and above it."""
+    return row["model"], row["elo"], row["elo"] - row["low"], row["high"] - row["elo"]
