@@ -35,7 +35,8 @@ from qlora_cli.kernels.isolation import prepare_packing
 from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import Base, load_base
 from qlora_cli.recipe import Recipe
-from qlora_cli.tasks.causal_lm import Batch, PackedBatch, batches, collate_packed
+from qlora_cli.tasks.causal_lm import Batch, PackedBatch, collate_packed
+from qlora_cli.tasks.table import batches
 from qlora_cli.train.optimizers import build_optimizer
 from qlora_cli.train.step import accumulate, clip, seed_everything
 

@@ -19,6 +19,7 @@ from tokenizers import Tokenizer
 
 from qlora_cli.data.conversations import Message
 from qlora_cli.data.jinja import TEMPLATE_ERRORS, compile_template
+from qlora_cli.data.row_task import CAUSAL_LM, RowTask
 from qlora_cli.data.rows import near_names
 from qlora_cli.errors import UserError
 
@@ -42,6 +43,7 @@ class ChatSettings:
     control:    every text that acts as a control token.
     today:      what a template that prints the date gets.
     train_on:   data.train_on.
+    task:       what the rows are for.
     """
 
     tokenizer: str
@@ -56,6 +58,7 @@ class ChatSettings:
     control: list[str]
     today: str
     train_on: str
+    task: RowTask = CAUSAL_LM
 
     @property
     def is_dated(self) -> bool:
@@ -107,7 +110,11 @@ class Chat:
 
 
 def chat_settings(
-    data: Data, tokenizer: PreTrainedTokenizerBase, stop_token_ids: frozenset[int], today: date
+    data: Data,
+    tokenizer: PreTrainedTokenizerBase,
+    stop_token_ids: frozenset[int],
+    today: date,
+    task: RowTask = CAUSAL_LM,
 ) -> ChatSettings:
     """What `data`, the tokenizer and the stop tokens of the model's generation config say; its EOS is one of them.
 
@@ -116,11 +123,11 @@ def chat_settings(
     if not tokenizer.is_fast:
         what = "the tokenizer gives no offsets (it is a slow one), so labels cannot be placed"
         raise UserError("model.name_or_path", what, "add a tokenizer.json to the model, or use a model that has one")
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and task.ends_with_stop:
         todo = "set eos_token in its tokenizer_config.json"
         raise UserError("model.name_or_path", "the tokenizer has no end-of-sequence token, so no answer can end", todo)
     added = tokenizer.added_tokens_decoder
-    ids = stop_token_ids | {tokenizer.eos_token_id}
+    ids = stop_token_ids | ({tokenizer.eos_token_id} - {None})
     stops = {added[token].content if token in added else tokenizer.decode([token]): token for token in sorted(ids)}
     stops.pop("", None)  # an id beyond the vocabulary
     called, template = find_template(data.chat_template, tokenizer)
@@ -131,12 +138,13 @@ def chat_settings(
         kwargs=dict(data.chat_template_kwargs),
         special={name: str(token) for name, token in tokenizer.special_tokens_map.items()},
         bos=_default_bos(tokenizer),
-        eos_id=tokenizer.eos_token_id,
+        eos_id=-1 if tokenizer.eos_token_id is None else tokenizer.eos_token_id,
         unk_id=tokenizer.unk_token_id,
         stops=stops,
         control=sorted({token.content for index, token in added.items() if token.special or index in ids}),
         today=today.isoformat(),
         train_on=data.train_on,
+        task=task,
     )
 
 

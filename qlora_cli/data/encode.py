@@ -34,12 +34,16 @@ TokenSpan = tuple[int, int | None]
 class Example:
     """One encoded row. `labels` is `input_ids` where trained and IGNORE_INDEX elsewhere: the same length, not shifted.
 
-    where: the row's place, as file:line.
+    where:   the row's place, as file:line.
+    targets: what is learned besides tokens: a class or a number, or first and last token of a span; else empty.
+    segment: where the second text of a pair begins; 0: there is none.
     """
 
     input_ids: list[int]
     labels: list[int]
     where: str
+    targets: tuple[float, ...] = ()
+    segment: int = 0
 
     @property
     def num_tokens(self) -> int:
@@ -48,7 +52,9 @@ class Example:
 
     @property
     def num_trained(self) -> int:
-        """Tokens that count in the loss. The first token has no context and is never predicted, whatever its label."""
+        """Tokens, or targets, that count in the loss. The first token has no context and is never predicted."""
+        if self.targets:
+            return len(self.targets)
         trainable = self.labels[1:]
         return len(trainable) - trainable.count(IGNORE_INDEX)
 
@@ -68,6 +74,14 @@ def encode(rows: Sequence[Rendered], chat: Chat) -> list[Example | UserError]:
         except UserError as error:
             examples.append(error)
     return examples
+
+
+def begin_of_second(encoding: Encoding) -> int:
+    """The first token of the second text of a pair; where it has none, the first that counts as its; else 0."""
+    for sides in (encoding.sequence_ids, encoding.type_ids):
+        if 1 in sides:
+            return sides.index(1)
+    return 0
 
 
 def encode_prompt(prompt: Sequence[Message] | str, chat: Chat, where: str = "the conversation") -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from qlora_cli.data.encode import Example
 from qlora_cli.data.limits import Limits
 from qlora_cli.data.order import Rows
 from qlora_cli.data.prepare import Progress, prepared
+from qlora_cli.data.row_task import CAUSAL_LM, NO_TEXT, RowTask, trained_in_words
 from qlora_cli.data.rows import Role, count
 from qlora_cli.data.sources import Part
 from qlora_cli.data.store import StoredRows, part_from_json
@@ -71,6 +72,7 @@ class Examples:
     digest:          SHA-256 of the ids and labels of all rows, in order
     folder:          where they lie
     parts:           the files and hub data sets that they come from
+    task:            what they are for, by model.task
     """
 
     rows: Sequence[Example] = ()
@@ -92,6 +94,7 @@ class Examples:
     digest: str = ""
     folder: Path = field(default_factory=Path)
     parts: tuple[Part, ...] = ()
+    task: str = CAUSAL_LM.name
 
     @property
     def lengths(self) -> Rows:
@@ -107,9 +110,9 @@ class Examples:
 
     def summary(self) -> list[str]:
         """Short lines for the user: each source, the totals, and every row that is not trained as it stands."""
-        share = f"{self.num_trained / max(self.num_tokens, 1):.0%}"
-        tokens = f"{count(self.num_tokens, 'token')}, {self.num_trained:,} trained ({share})"
-        return [*map(str, self.sources), f"{count(len(self.rows), 'example')}, {tokens}", *self.losses()]
+        trained = trained_in_words(self.task, self.num_trained, self.num_tokens, digits=0)
+        tokens = f"{count(len(self.rows), 'example')}, {count(self.num_tokens, 'token')}, {trained}"
+        return [*map(str, self.sources), tokens, *self.losses()]
 
     def losses(self) -> list[str]:
         """The lines about rows that are not trained as they stand."""
@@ -121,9 +124,10 @@ class Examples:
         if self.num_skipped:
             lines.append(f"{count(self.num_skipped, 'row')} left out: too long")
         if self.num_truncated:
-            cut = f"{count(self.num_cut_tokens, 'token')} cut, {self.num_cut_trained:,} of them trained"
+            cut = f"{count(self.num_truncated, 'row')} truncated: {count(self.num_cut_tokens, 'token')} cut"
             stops = f"{count(self.num_lost_stops, 'end-of-turn token')} lost"
-            lines.append(f"{count(self.num_truncated, 'row')} truncated: {cut}, {stops}")
+            trains_text = self.task not in NO_TEXT
+            lines.append(f"{cut}, {self.num_cut_trained:,} of them trained, {stops}" if trains_text else cut)
         if self.num_emptied:
             lines.append(f"{count(self.num_emptied, 'row')} left out: truncation left no trained token")
         if self.num_silent:
@@ -148,21 +152,23 @@ def load_examples(
     *,
     seed: int,
     today: date,
+    task: RowTask = CAUSAL_LM,
     progress: Progress = lambda num_rows: None,
 ) -> Examples:
     """The examples of data.train or data.eval, prepared or found prepared; no sources give none.
 
     stop_token_ids: the end-of-turn tokens of the model's generation config; the tokenizer's EOS is always one.
-    seed: chooses the rows of eval_fraction. today: for a template that prints the date.
+    seed: chooses the rows of eval_fraction. today: for a template that prints the date. task: what the rows are for.
     Raises UserError at the first row that cannot be read, proven or trained on (data.on_bad_row: error), for rows
     beyond the limits (data.on_long_row: error), and where no row is left.
     """
     if role == "eval" and not data.eval and not data.eval_fraction:
         return Examples()
-    wanted = wanted_rows(data, role, tokenizer, stop_token_ids, seed=seed, today=today)
+    wanted = wanted_rows(data, role, tokenizer, stop_token_ids, seed=seed, today=today, task=task)
     workers = None if data.workers == "auto" else data.workers
     try:
-        return _examples(*prepared(wanted, workers, progress), wanted.sources)
+        found = _examples(*prepared(wanted, workers, progress), wanted.sources)
+        return replace(found, task=task.name)
     except FileNotFoundError:  # somebody emptied the cache between two lines
         return _examples(*prepared(wanted, workers, progress), wanted.sources)
 
@@ -175,13 +181,14 @@ def wanted_rows(
     *,
     seed: int,
     today: date,
+    task: RowTask = CAUSAL_LM,
 ) -> Wanted:
     """What the recipe wants of data.train or data.eval. Raises UserError as chat_settings does."""
     return Wanted(
         role="train" if data.eval_fraction else role,
         sources=data.eval if role == "eval" and not data.eval_fraction else data.train,
-        settings=chat_settings(data, tokenizer, stop_token_ids, today),
-        limits=Limits.of(data),
+        settings=chat_settings(data, tokenizer, stop_token_ids, today, task),
+        limits=Limits.of(data, task.name),
         skip_bad=data.on_bad_row == "skip",
         eval_fraction=data.eval_fraction,
         seed=seed,

@@ -46,13 +46,13 @@ class Format:
     """What a row needs to be of this format, and how it is read.
 
     one_of:   the columns that it needs; several sets where a row may have either.
-    read:     read(row, where) raises UserError at `where`.
+    read:     read(row, where), raising UserError at `where`: a Conversation or Plain, or what the task's encoder takes.
     optional: columns that are read where they are there.
     auto:     whether the columns may choose it; False for a second reading of another format's columns.
     """
 
     one_of: tuple[tuple[str, ...], ...]
-    read: Callable[[Row, str], Conversation | Plain]
+    read: Callable[[Row, str], Any]
     optional: tuple[str, ...] = ()
     auto: bool = True
 
@@ -63,6 +63,13 @@ class Format:
 
     def __str__(self) -> str:
         return " or ".join(", ".join(columns) for columns in self.one_of)
+
+
+class Formats(dict[str, Format]):
+    """The formats of a task by the recipe's name. A constant, so it is hashed by identity."""
+
+    def __hash__(self) -> int:  # type: ignore[override]
+        return id(self)
 
 
 # ── instructions and questions ───────────────────────────────────────────────────────────────────────────────────────
@@ -183,22 +190,24 @@ def text(row: Row, where: str) -> Plain:
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 _TOLD = ("tools", "functions", "system")
-FORMATS: dict[str, Format] = {
-    "alpaca": Format((("instruction", "output"),), alpaca, ("input", "system", "history")),
-    "messages": Format((("messages",),), messages, _TOLD),
-    "sharegpt": Format((("conversations",),), sharegpt, _TOLD),
-    "prompt_completion": Format((("prompt", "completion"),), prompt_completion, _TOLD),
-    "input_output": Format((("input", "output"),), input_output),
-    "question_answer": Format((("question", "answer"),), question_answer),
-    "summarisation": Format(SUMMARIES, summarisation),
-    "text": Format((("text",),), text),
-    "seed_tasks": Format((("instruction", "instances"),), seed_tasks),
-    "hh_rlhf": Format((("chosen",),), hh_rlhf, ("rejected",)),
-    "oasst": Format((("input", "output"), ("text",)), oasst, auto=False),
-    "chip2": Format((("text",),), chip2, auto=False),
-    "self_instruct": Format((("prompt", "completion"),), self_instruct, auto=False),
-    "longform": Format((("input", "output"),), input_output, ("source", "subset"), auto=False),
-}
+FORMATS = Formats(
+    {
+        "alpaca": Format((("instruction", "output"),), alpaca, ("input", "system", "history")),
+        "messages": Format((("messages",),), messages, _TOLD),
+        "sharegpt": Format((("conversations",),), sharegpt, _TOLD),
+        "prompt_completion": Format((("prompt", "completion"),), prompt_completion, _TOLD),
+        "input_output": Format((("input", "output"),), input_output),
+        "question_answer": Format((("question", "answer"),), question_answer),
+        "summarisation": Format(SUMMARIES, summarisation),
+        "text": Format((("text",),), text),
+        "seed_tasks": Format((("instruction", "instances"),), seed_tasks),
+        "hh_rlhf": Format((("chosen",),), hh_rlhf, ("rejected",)),
+        "oasst": Format((("input", "output"), ("text",)), oasst, auto=False),
+        "chip2": Format((("text",),), chip2, auto=False),
+        "self_instruct": Format((("prompt", "completion"),), self_instruct, auto=False),
+        "longform": Format((("input", "output"),), input_output, ("source", "subset"), auto=False),
+    }
+)
 _DIALOGUES = (  # texts that the columns alone would take for plain ones: chosen format, column, beginning, the other
     ("text", "text", "### Human:", "oasst"),
     ("text", "text", "<human>:", "chip2"),
@@ -206,29 +215,29 @@ _DIALOGUES = (  # texts that the columns alone would take for plain ones: chosen
 )
 
 
-def choose_format(row: Row, where: str) -> str:
+def choose_format(row: Row, where: str, formats: Formats = FORMATS) -> str:
     """The format of `auto`: the one that reads most of the row's columns.
 
     Raises UserError where none fits, two fit equally well, the text is a dialogue that another format reads, or the row
     holds tools or a system's text that this one does not.
     """
-    fit = fitting(row)
+    fit = fitting(row, formats)
     if not fit:
-        known = "; ".join(f"{name}: {format}" for name, format in FORMATS.items())
+        known = "; ".join(f"{name}: {format}" for name, format in formats.items())
         todo = f"give the source a template, or rename the columns to those of a format ({known})"
         raise UserError(where, f"no format fits the columns {_columns(row)}", todo)
     if len(fit) > 1:
         what = f"the columns {_columns(row)} fit {' and '.join(fit)}"
         raise UserError(where, what, f"set format: {' or '.join(fit)}")
-    _refuse_dialogue(fit[0], row, where)
-    _refuse_unread(fit[0], row, where)
+    _refuse_dialogue(fit[0], row, where, formats)
+    _refuse_unread(fit[0], row, where, formats)
     return fit[0]
 
 
-def check_row(name: str, auto: bool, row: Row, where: str) -> None:
+def check_row(name: str, auto: bool, row: Row, where: str, formats: Formats = FORMATS) -> None:
     """Raises UserError where the row lacks a column of the format, or with `auto` would choose another one."""
-    format = FORMATS[name]
-    fit = fitting(row)
+    format = formats[name]
+    fit = fitting(row, formats)
     if auto and fit and fit != [name]:
         what = f"the columns {_columns(row)} fit {' and '.join(fit)}, the first row's fit {name}"
         raise UserError(where, what, "set the format of the source, or give all rows the same columns")
@@ -238,13 +247,13 @@ def check_row(name: str, auto: bool, row: Row, where: str) -> None:
         todo = f"set format: {' or '.join(fit)}" if fit else "fill it in, or set data.on_bad_row: skip"
         raise UserError(where, what, todo)
     if auto:
-        _refuse_dialogue(name, row, where)
-    _refuse_unread(name, row, where)
+        _refuse_dialogue(name, row, where, formats)
+    _refuse_unread(name, row, where, formats)
 
 
-def fitting(row: Row) -> list[str]:
+def fitting(row: Row, formats: Formats = FORMATS) -> list[str]:
     """The formats that read most of the row's columns, in the order of the table; those of `auto` alone."""
-    return [*_fitting(_found(row))]
+    return [*_fitting(_found(row), formats)]
 
 
 def _found(row: Row) -> frozenset[str]:
@@ -253,24 +262,25 @@ def _found(row: Row) -> frozenset[str]:
 
 
 @lru_cache(maxsize=64)
-def _fitting(columns: frozenset[str]) -> tuple[str, ...]:
-    explained = {name: format.explained(columns) for name, format in FORMATS.items() if format.auto}
+def _fitting(columns: frozenset[str], formats: Formats) -> tuple[str, ...]:
+    explained = {name: format.explained(columns) for name, format in formats.items() if format.auto}
     return tuple(name for name, number in explained.items() if number and number == max(explained.values()))
 
 
-def _refuse_dialogue(chosen: str, row: Row, where: str) -> None:
+def _refuse_dialogue(chosen: str, row: Row, where: str, formats: Formats) -> None:
     """Raises UserError where the format that the columns have chosen would read a dialogue as one plain text."""
     for name, column, beginning, other in _DIALOGUES:
-        if chosen == name and str(row[column]).lstrip().startswith(beginning):
+        if chosen == name and other in formats and str(row[column]).lstrip().startswith(beginning):
             what = f"{column} begins with {beginning!r}: a dialogue, which the format {name} would not tell apart"
             raise UserError(where, what, f"set format: {other} or {name}")
 
 
-def _refuse_unread(name: str, row: Row, where: str) -> None:
+def _refuse_unread(name: str, row: Row, where: str, formats: Formats) -> None:
     """Raises UserError where the row says what its other columns are read with, and the format does not look."""
-    if unread := [column for column in _TOLD if row.get(column) and column not in FORMATS[name].optional]:
+    if unread := [column for column in _TOLD if row.get(column) and column not in formats[name].optional]:
         what = f"has {unread[0]}, which the format {name} does not read"
-        raise UserError(where, what, f"remove {unread[0]}, or write the row as messages")
+        todo = f"remove {unread[0]}" + (", or write the row as messages" if "messages" in formats else "")
+        raise UserError(where, what, todo)
 
 
 def _missing(columns: tuple[str, ...], row: Row) -> list[str]:

@@ -19,28 +19,44 @@ if TYPE_CHECKING:
 class Limits:
     """The longest example in tokens: either in all, or prompt and answer apart. None: no limit.
 
-    on_long_row: data.on_long_row.
+    on_long_row: data.on_long_row. task: model.task; of seq2seq_lm max_length may be both other limits.
     """
 
     max_length: int | None
     source_max_length: int | None = None
     target_max_length: int | None = None
     on_long_row: str = "error"
+    task: str = "causal_lm"
 
     @classmethod
-    def of(cls, data: Data) -> Limits:
-        """The recipe's limits. Raises UserError where only one of the two of prompt and answer is set."""
+    def of(cls, data: Data, task: str = "causal_lm") -> Limits:
+        """The recipe's limits; of seq2seq_lm max_length is one for the source and one for the target.
+
+        Raises UserError where only one of the two of prompt and answer is set.
+        """
         source, target = data.source_max_length, data.target_max_length
         if (source is None) != (target is None):
             missing, other = ("source", "target") if source is None else ("target", "source")
             what = f"is not set, but {other}_max_length is"
             raise UserError(f"data.{missing}_max_length", what, "set both, or neither and max_length")
-        return cls(data.max_length if source is None else None, source, target, data.on_long_row)
+        max_length = data.max_length if source is None else None
+        if source is None and task == "seq2seq_lm":
+            source = target = data.max_length
+        return cls(max_length, source, target, data.on_long_row, task)
 
     @property
     def longest(self) -> int:
         """Tokens of the longest example that is possible."""
-        return self.max_length or (self.source_max_length or 0) + (self.target_max_length or 0)
+        if self.source_max_length is None:
+            return self.max_length or 0
+        return self.source_max_length + (self.target_max_length or 0)
+
+    @property
+    def most_positions(self) -> int:
+        """Positions of a model that the longest example takes: an encoder reads the source, a decoder the target."""
+        if self.task != "seq2seq_lm":
+            return self.longest
+        return max(self.source_max_length or 0, self.target_max_length or 0)
 
     def cut(self, example: Example) -> Example:
         """The first tokens of the example, or of its prompt and of the rest, up to the limits; itself where it fits.
@@ -63,7 +79,8 @@ class Limits:
 
     def __str__(self) -> str:
         if self.max_length is not None:
-            return f"data.max_length is {self.max_length:,}"
+            each = ", for the source and for the target" if self.task == "seq2seq_lm" else ""
+            return f"data.max_length is {self.max_length:,}{each}"
         return f"data.source_max_length is {self.source_max_length:,} and target_max_length {self.target_max_length:,}"
 
 
@@ -71,9 +88,8 @@ Tally = Counter[str]
 """Counts of what happened to rows; the names are fields of examples.Examples."""
 
 
-def fitted(example: Example, limits: Limits, stop_ids: frozenset[int], tally: Tally) -> Example | None:
-    """The example within the limits, counted; None where it is left out."""
-    cut = limits.cut(example)
+def fitted(example: Example, cut: Example, limits: Limits, stop_ids: frozenset[int], tally: Tally) -> Example | None:
+    """The example within the limits, counted; None where it is left out. cut: as much of it as fits, or itself."""
     if cut is not example:
         return LONG_ROWS[limits.on_long_row](example, cut, stop_ids, tally)
     return example
@@ -115,6 +131,11 @@ def num_stops(example: Example, stop_ids: frozenset[int]) -> int:
     return sum(map(labels.count, stop_ids))
 
 
-def length_in_words(example: Example) -> str:
+PROMPTS = {"causal_lm": "before the answer", "seq2seq_lm": "of the source"}
+"""What the tokens before the first trained one are; other tasks train no token."""
+
+
+def length_in_words(num_tokens: int, num_prompt: int, task: str) -> str:
     """A row's length in words: '812 tokens (300 before the answer)'."""
-    return f"{count(example.num_tokens, 'token')} ({example.num_prompt:,} before the answer)"
+    tokens = count(num_tokens, "token")
+    return f"{tokens} ({num_prompt:,} {PROMPTS[task]})" if task in PROMPTS else tokens

@@ -231,7 +231,7 @@ class _Process:
 
 def _add(total: Result, one: Result, index: int) -> None:
     """Adds the result of the row `index`, prepared alone."""
-    total.examples += [(index, tokens, trained) for _, tokens, trained in one.examples]
+    total.examples += [(index, *rest) for _, *rest in one.examples]  # type: ignore[misc]
     total.bad += [(index, where, what, todo) for _, where, what, todo in one.bad]
     total.tally += one.tally
     total.long += [(index, tokens, prompt) for _, tokens, prompt in one.long]

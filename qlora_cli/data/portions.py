@@ -12,8 +12,9 @@ from typing import Any
 
 from qlora_cli.data.cache import Wanted
 from qlora_cli.data.formats import choose_format
-from qlora_cli.data.rows import Read, Row
+from qlora_cli.data.rows import Read, Row, describe
 from qlora_cli.data.sources import Part, SourceMark, read_parts
+from qlora_cli.data.task_rows import TASK_ROWS, formats_of
 from qlora_cli.data.worker import Result, Task, shortened
 from qlora_cli.errors import UserError
 from qlora_cli.recipe.schema import Source
@@ -73,7 +74,7 @@ def portions_of(
     wanted: Wanted,
     format: str | None = None,
 ) -> Iterator[Portion]:
-    """These rows of a source on the wanted side of eval_fraction, each with the index of its part.
+    """These rows of a source on the wanted side of eval_fraction, those of nested files one by one.
 
     format: what the first row has chosen where source.format is auto; None: the first of these rows chooses it.
     A row that cannot be read is on every side. Where reading ends with an error, the last portion holds it.
@@ -83,11 +84,9 @@ def portions_of(
     format = format if auto else name
     portion = Portion(Task([], [], format or "", auto, template))
     try:
-        for part, read in reads:
-            place = parts[part].place(read.number)
-            value = _checked(read.value, place)
+        for part, read, value, place in _rows(reads, source, parts, wanted):
             if format is None and not isinstance(value, UserError):
-                value, format = _first(value, place)
+                value, format = _first(value, place, wanted)
                 portion.task = Task([], [], format or "", auto, template)
             if isinstance(value, UserError):
                 error = UserError(value.where, shortened(value.what), value.todo, value.code)
@@ -109,10 +108,35 @@ def _append(portion: Portion, row: Row, place: str, at: tuple[int, int]) -> None
     portion.num_characters += num_characters(row)
 
 
-def _first(row: Row, place: str) -> tuple[Row | UserError, str | None]:
+def _rows(
+    reads: Iterable[tuple[int, Read]], source: Source, parts: Sequence[Part], wanted: Wanted
+) -> Iterator[tuple[int, Read, Row | UserError, str]]:
+    """Part, what was read of it, a row of that, and its place; of the rows within one, source.limit at most."""
+    rows = TASK_ROWS.get(wanted.settings.task.name)
+    expand = rows.expand if rows else None
+    number = 0
+    for part, read in reads:
+        place = parts[part].place(read.number)
+        value = _checked(read.value, place)
+        if expand is None or isinstance(value, UserError):
+            yield part, read, value, place
+            continue
+        for at, row in enumerate(expand(value), 1):
+            number += 1
+            if source.limit is not None and number > source.limit:
+                return
+            inside = place if row is value else f"{place}: question {at}"
+            yield part, read, row if isinstance(row, dict) else _no_object(row, inside), inside
+
+
+def _no_object(value: Any, place: str) -> UserError:
+    return UserError(place, f"is {describe(value)} where an object is asked for", "mend the file")
+
+
+def _first(row: Row, place: str, wanted: Wanted) -> tuple[Row | UserError, str | None]:
     """The row and the format that its columns choose; or why they cannot."""
     try:
-        return row, choose_format(row, place)
+        return row, choose_format(row, place, formats_of(wanted.settings.task.name))
     except UserError as error:
         return error, None
 

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.cache import Wanted, cache_folder, key_of, locked
+from qlora_cli.data.limits import length_in_words
 from qlora_cli.data.pool import Pool
 from qlora_cli.data.portions import Portion, portions
 from qlora_cli.data.rows import count
 from qlora_cli.data.sources import Part, Resolved, resolve
-from qlora_cli.data.store import Writer, part_to_json, read_index, written
+from qlora_cli.data.store import Entry, Writer, part_to_json, read_index, written
 from qlora_cli.data.worker import Job, Result
 from qlora_cli.errors import UserError
 from qlora_cli.recipe.schema import Source
@@ -133,9 +134,9 @@ def _prepare_source(
     for portion, result in zip(behind, pool.map(portion.task for portion in ahead), strict=True):
         counted.format, counted.auto = portion.task.format, portion.task.auto
         rows = []
-        for index, tokens, trained in result.examples:
+        for index, tokens, trained, segment, targets in result.examples:
             part, number = portion.places[index]
-            rows.append((tokens, trained, first_part + part, number))
+            rows.append(Entry(tokens, trained, first_part + part, number, segment, targets))
         writer.add(result.ids, rows)
         _count(portion, result, wanted, counted, seen)
         if portion.failure:
@@ -153,8 +154,8 @@ def _count(portion: Portion, result: Result, wanted: Wanted, counted: _Count, se
             seen.bad.append((error.where, error.what, error.todo))
     counted.num_rows += portion.num_rows
     counted.num_examples += len(result.examples)
-    counted.num_tokens += sum(tokens for _, tokens, _ in result.examples)
-    counted.num_trained += sum(trained for _, _, trained in result.examples)
+    counted.num_tokens += sum(tokens for _, tokens, *_ in result.examples)
+    counted.num_trained += sum(trained for _, _, trained, *_ in result.examples)
     seen.tally += result.tally
     seen.lost += result.lost
     for index, tokens, prompt in result.long:
@@ -170,13 +171,13 @@ def _refuse_unfit(wanted: Wanted, num_examples: int, seen: _Seen) -> None:
     if seen.long:
         (where, tokens, prompt), (longest, most, _) = seen.long[0], seen.long[-1]
         what = (
-            f"the row has {count(tokens, 'token')} ({prompt:,} before the answer), but {wanted.limits}; in all "
+            f"the row has {length_in_words(tokens, prompt, wanted.settings.task.name)}, but {wanted.limits}; in all "
             f"{seen.tally['num_too_long']:,} of {num_rows:,} rows are too long, the longest has "
             f"{count(most, 'token')} ({longest})"
         )
         raise Unfit(where, what, "raise the limit, or set data.on_long_row to truncate or skip", seen)
     if num_examples:
-        if not seen.tally["num_stops"] and wanted.role == "train":
+        if not seen.tally["num_stops"] and wanted.role == "train" and wanted.settings.task.ends_with_stop:
             what = "no row is left that ends with a stop token, so the model would never learn to stop"
             raise Unfit(place, what, "raise the length limit, or set data.on_long_row: skip", seen)
         return

@@ -1,7 +1,8 @@
 """Prepared examples on disk, mapped into memory: a million rows cost a few pages.
 
 A folder holds `tokens.u32`, the token ids of all examples one behind the other with the bit TRAINED where trained;
-`rows.i64`, (end, trained tokens, part, number) of each example; and `index.json`, written last. Little-endian.
+`rows.i64`, (end, trained tokens, part, number, segment) of each example and its two targets as the bits of floats, NaN
+where there is none; and `index.json`, written last. Little-endian.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
@@ -26,6 +27,20 @@ from qlora_cli.data.worker import TRAINED
 from qlora_cli.errors import Exit, UserError
 
 TOKENS, ROWS, INDEX = "tokens.u32", "rows.i64", "index.json"
+COLUMNS = 7
+NO_TARGET = int(np.array(np.nan, "<f8").view("<i8"))
+"""The bits of NaN."""
+
+
+class Entry(NamedTuple):
+    """What is stored of an example besides its ids. part, number: where it stands; segment, targets: as in Example."""
+
+    num_tokens: int
+    num_trained: int
+    part: int
+    number: int
+    segment: int = 0
+    targets: Sequence[float] = ()
 
 
 class StoredRows(Sequence[Example]):
@@ -36,7 +51,7 @@ class StoredRows(Sequence[Example]):
 
     def __init__(self, folder: Path, num_rows: int, num_tokens: int, parts: Sequence[Part]) -> None:
         self._ids = _mapped(folder / TOKENS, np.dtype("<u4"), (num_tokens,))
-        table = _mapped(folder / ROWS, np.dtype("<i8"), (num_rows, 4))
+        table = _mapped(folder / ROWS, np.dtype("<i8"), (num_rows, COLUMNS))
         self._ends, self._places, self._parts = table[:, 0], table[:, 2:], parts
         self.lengths = np.diff(self._ends, prepend=0)
         self.num_trained = np.array(table[:, 1])
@@ -54,15 +69,30 @@ class StoredRows(Sequence[Example]):
         at = range(len(self))[index]
         end = int(self._ends[at])
         stored = self._ids[end - int(self.lengths[at]) : end]
-        part, number = self._places[at]
-        return decoded(stored, self._parts[part].place(int(number)))
+        part, number, segment, *bits = self._places[at].tolist()
+        return decoded(stored, self._parts[part].place(number), targets_of(bits), segment)
 
 
-def decoded(stored: np.ndarray[Any, Any], where: str) -> Example:
+def decoded(stored: np.ndarray[Any, Any], where: str, targets: tuple[float, ...] = (), segment: int = 0) -> Example:
     """The example that these stored ids are."""
     ids = stored & (TRAINED - 1)
     labels = np.where(stored >= TRAINED, ids.astype(np.int64), IGNORE_INDEX)
-    return Example(ids.tolist(), labels.tolist(), where)
+    return Example(ids.tolist(), labels.tolist(), where, targets, segment)
+
+
+def targets_of(bits: Sequence[int]) -> tuple[float, ...]:
+    """The targets whose bits these are."""
+    if bits[0] == NO_TARGET:
+        return ()
+    values = np.array(bits, "<i8").view("<f8").tolist()
+    return tuple(value for value in values if value == value)
+
+
+def bits_of(targets: Sequence[float]) -> list[int]:
+    """Two 64-bit integers that `targets_of` reads."""
+    padded = [*targets, *[np.nan] * (2 - len(targets))]
+    bits: list[int] = np.array(padded, "<f8").view("<i8").tolist()
+    return bits
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> np.ndarray[Any, Any]:
@@ -92,14 +122,14 @@ class Writer:
             with suppress(OSError):  # told of by what was raised before
                 file.close()
 
-    def add(self, ids: array[int], rows: Sequence[tuple[int, int, int, int]]) -> None:
-        """Appends examples; rows: tokens, trained tokens, part and number of each."""
+    def add(self, ids: array[int], rows: Sequence[Entry]) -> None:
+        """Appends examples, whose ids are one behind the other."""
         if not rows:
             return
         data = np.frombuffer(ids, np.uint32).astype("<u4").tobytes()
-        table = np.array(rows, "<i8")
+        table = np.array([[*row[:-1], *bits_of(row.targets)] for row in rows], "<i8")
         assert table[:, 0].sum() == len(ids), "the examples are all of the tokens"
-        self.lengths.update(table[:, 0].tobytes())
+        self.lengths.update(table[:, [0, 4, 5, 6]].tobytes())
         self.ids.update(data)
         self.num_trained += int(table[:, 1].sum())
         table[:, 0] = self.num_tokens + table[:, 0].cumsum()
@@ -125,7 +155,7 @@ class Writer:
             os.fsync(last.fileno())
 
     def digest(self) -> str:
-        """SHA-256 of the examples' lengths, ids and labels, in their order; where they came from is not in it."""
+        """SHA-256 of the examples' lengths, targets, ids and labels, in order; where they came from is not in it."""
         return hashlib.sha256(self.lengths.digest() + self.ids.digest()).hexdigest()
 
 

@@ -153,7 +153,7 @@ class Stream:
             reader = self._reader(index, place)
             examples += self._drawn(reader, self._quota(index, number), block)
             after.append(reader.place)
-        if examples and not self.tally["num_stops"]:
+        if examples and not self.tally["num_stops"] and self.wanted.settings.task.ends_with_stop:
             what = "no row ends with a stop token, so the model would never learn to stop"
             raise UserError("data.train", what, "raise the length limit, or set data.on_long_row: skip")
         if not examples:
@@ -232,6 +232,6 @@ def _examples(result: Result, places: Sequence[str]) -> Iterator[Example]:
     """The examples of a portion."""
     ids = np.frombuffer(result.ids, np.uint32)
     end = 0
-    for index, tokens, _ in result.examples:
-        yield decoded(ids[end : end + tokens], places[index])
+    for index, tokens, _, segment, targets in result.examples:
+        yield decoded(ids[end : end + tokens], places[index], tuple(targets), segment)
         end += tokens

@@ -17,18 +17,18 @@ import sys
 import traceback
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO
 
 from qlora_cli.data.chat import Chat, ChatSettings, make_chat
 from qlora_cli.data.confine import confine, cpu_limit
-from qlora_cli.data.conversations import Conversation, Plain, assistant, user
 from qlora_cli.data.encode import IGNORE_INDEX, Example, encode, unspelled
-from qlora_cli.data.formats import FORMATS, check_row
-from qlora_cli.data.jinja import TEMPLATE_ERRORS, compile_row_template
 from qlora_cli.data.limits import Limits, Tally, fitted, num_stops
+from qlora_cli.data.row_reader import Template, reader
 from qlora_cli.data.rows import Row, whole_text
 from qlora_cli.data.spans import Rendered, render_row
+from qlora_cli.data.task_rows import TASK_ROWS
 from qlora_cli.errors import UserError
 
 ROW_SECONDS = 10
@@ -49,8 +49,8 @@ MOST_WORDS = 600
 TRAINED = 1 << 31
 """The bit of a stored token id that says that it is trained; no vocabulary has two thousand million tokens."""
 
-Template = dict[str, Any]
-"""A source's template: prompt, completion, chat."""
+Made = tuple[int, Example, Example]
+"""The index of a row in its task, an example of it, and as much of that as the limits let through."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Task:
 class Result:
     """What became of a task's rows.
 
-    examples:   (index in the task, tokens, trained tokens) of each example, in order; a row may give several
+    examples:   (index in the task, tokens, trained tokens, segment, targets) of each, in order; a row may give several
     bad:        (index, where, what, todo) of each row that cannot be read, proven or trained on, once each, in order
     tally:      counts, by the names of the fields of examples.Examples
     long:       (index, tokens, tokens before the answer) of the first row beyond the limits and of the longest
@@ -88,7 +88,7 @@ class Result:
     ids:        token ids of all examples, one behind the other, with TRAINED where trained
     """
 
-    examples: list[tuple[int, int, int]] = field(default_factory=list)
+    examples: list[tuple[int, int, int, int, tuple[float, ...]]] = field(default_factory=list)
     bad: list[tuple[int, str, str, str]] = field(default_factory=list)
     tally: Tally = field(default_factory=Counter)
     long: list[tuple[int, int, int]] = field(default_factory=list)
@@ -103,24 +103,65 @@ def prepare(task: Task, job: Job, chat: Chat) -> Result:
     """
     result = Result()
     bad: dict[int, UserError] = {}
+    made = _conversations if job.settings.task.name not in TASK_ROWS else _task_rows
+    examples = made(task, job, chat, bad, result)
+    too_long: set[int] = set()
+    for index, example, cut in examples:
+        if index not in bad and not _keep(index, example, cut, job, result):
+            too_long.add(index)
+    result.tally["num_too_long"] = len(too_long)
+    result.bad = [(index, error.where, shortened(error.what), error.todo) for index, error in sorted(bad.items())]
+    return result
+
+
+def _conversations(task: Task, job: Job, chat: Chat, bad: dict[int, UserError], result: Result) -> list[Made]:
+    """The examples of causal_lm: conversations and texts; why the others are none is put into `bad`."""
     indices, rendered, characters = _rendered(task, job, chat, bad, result.tally)
     with cpu_limit(job.chunk_seconds):
         encoded = encode(rendered, chat)
-        lost = unspelled(characters, chat.tokenizer, job.settings.unk_id)
-    result.lost.update({character: characters[character] for character in lost})
+    _count_lost(characters, job, chat, result)
+    made: list[Made] = []
     for index, example in zip(indices, encoded, strict=True):
         if isinstance(example, UserError):
             bad.setdefault(index, example)
         elif example.num_trained == 0:
             what = "nothing to train: the row's first token is its last, and a first token is never predicted"
             bad.setdefault(index, UserError(example.where, what, "remove the row, or give it a text"))
-    too_long: set[int] = set()
-    for index, example in zip(indices, encoded, strict=True):
-        if index not in bad and isinstance(example, Example) and not _keep(index, example, job, result):
-            too_long.add(index)
-    result.tally["num_too_long"] = len(too_long)
-    result.bad = [(index, error.where, shortened(error.what), error.todo) for index, error in sorted(bad.items())]
-    return result
+        else:
+            made.append((index, example, job.limits.cut(example)))
+    return made
+
+
+def _task_rows(task: Task, job: Job, chat: Chat, bad: dict[int, UserError], result: Result) -> list[Made]:
+    """The examples of the other tasks, whose rows are encoded one by one."""
+    rows = TASK_ROWS[job.settings.task.name]
+    read = _reader(task, job)
+    spells_ascii = _spells_ascii(chat)
+    characters: Counter[str] = Counter()
+    made: list[Made] = []
+    for index, (row, where) in enumerate(zip(task.rows, task.places, strict=True)):
+        try:
+            with cpu_limit(job.row_seconds):
+                value = read(row, where)
+                examples = rows.encode(value, where, chat, job.limits)
+        except UserError as error:
+            bad[index] = _unless_memory(error)
+            continue
+        except OSError as error:
+            bad[index] = _asks_for_file(error, where)
+            continue
+        if not (spells_ascii and all(text.isascii() for text in value.texts)):
+            characters.update(set().union(*value.texts))
+        made += [(index, example, cut) for example, cut in examples]
+    _count_lost(characters, job, chat, result)
+    return made
+
+
+def _count_lost(characters: Counter[str], job: Job, chat: Chat, result: Result) -> None:
+    """Counts the characters that the tokenizer cannot write, by the rows that hold them."""
+    with cpu_limit(job.chunk_seconds):
+        lost = unspelled(characters, chat.tokenizer, job.settings.unk_id)
+    result.lost.update({character: characters[character] for character in lost})
 
 
 def _rendered(
@@ -133,7 +174,7 @@ def _rendered(
     indices: list[int] = []
     rendered: list[Rendered] = []
     characters: Counter[str] = Counter()
-    spells_ascii = not unspelled(map(chr, range(128)), chat.tokenizer, job.settings.unk_id)
+    spells_ascii = _spells_ascii(chat)
     read = _reader(task, job)
     for index, (row, where) in enumerate(zip(task.rows, task.places, strict=True)):
         try:
@@ -144,8 +185,8 @@ def _rendered(
         except UserError as error:
             bad[index] = _unless_memory(error)
             continue
-        except OSError as error:  # a Python module that none of LOADED_LATER is
-            bad[index] = UserError(where, f"the template asks for a file: {error}", "change the template")
+        except OSError as error:
+            bad[index] = _asks_for_file(error, where)
             continue
         tally["num_split"] += len(texts) > 1
         if not (spells_ascii and all(text.text.isascii() for text in texts)):  # else there is nothing to lose
@@ -155,6 +196,22 @@ def _rendered(
     return indices, rendered, characters
 
 
+def _reader(task: Task, job: Job) -> Callable[[Row, str], Any]:
+    """The function that reads a row of the task. Raises UserError at its first row for a template that is no Jinja."""
+    with cpu_limit(job.row_seconds):
+        return reader(task.format, task.auto, task.template, job.settings.task.name, next(iter(task.places), ""))
+
+
+def _spells_ascii(chat: Chat) -> bool:
+    """Whether the tokenizer writes every ASCII character, so that no text of these alone has to be looked at."""
+    return not unspelled(map(chr, range(128)), chat.tokenizer, chat.settings.unk_id)
+
+
+def _asks_for_file(error: OSError, where: str) -> UserError:
+    """What is said where a template wants a Python module that none of LOADED_LATER is."""
+    return UserError(where, f"the template asks for a file: {error}", "change the template")
+
+
 def _unless_memory(error: UserError) -> UserError:
     """The error. Raises MemoryError where want of memory caused it."""
     if isinstance(error.__cause__, MemoryError):
@@ -162,10 +219,10 @@ def _unless_memory(error: UserError) -> UserError:
     return error
 
 
-def _keep(index: int, example: Example, job: Job, result: Result) -> bool:
+def _keep(index: int, example: Example, cut: Example, job: Job, result: Result) -> bool:
     """Adds an example to the result, within the limits; False where on_long_row is error and it is beyond them."""
     stop_ids = frozenset(job.settings.stops.values())
-    kept = fitted(example, job.limits, stop_ids, result.tally)
+    kept = fitted(example, cut, job.limits, stop_ids, result.tally)
     if kept is None:
         if job.limits.on_long_row != "error":
             return True
@@ -176,7 +233,7 @@ def _keep(index: int, example: Example, job: Job, result: Result) -> bool:
     stops, trained = num_stops(kept, stop_ids), kept.num_trained
     result.tally["num_stops"] += stops
     result.tally["num_silent"] += stops == trained
-    result.examples.append((index, kept.num_tokens, trained))
+    result.examples.append((index, kept.num_tokens, trained, kept.segment, kept.targets))
     both = zip(kept.input_ids, kept.labels, strict=True)
     result.ids.extend([token if label == IGNORE_INDEX else token | TRAINED for token, label in both])
     return True
@@ -185,46 +242,6 @@ def _keep(index: int, example: Example, job: Job, result: Result) -> bool:
 def shortened(text: str) -> str:
     """The beginning of a message that quotes something huge."""
     return text if len(text) <= MOST_WORDS else f"{text[:MOST_WORDS]}... ({len(text):,} characters)"
-
-
-def _reader(task: Task, job: Job) -> Any:
-    """The function that reads a row of the task: its format's, or its template's."""
-    if task.template is None:
-
-        def read(row: Row, where: str) -> Conversation | Plain:
-            check_row(task.format, task.auto, row, where)
-            return FORMATS[task.format].read(row, where)
-
-        return read
-    return _templated(task.template, job, task.places[0])
-
-
-def _templated(template: Template, job: Job, place: str) -> Any:
-    """The reader of a source's own two Jinja strings. Raises UserError at `place` where they are no Jinja."""
-    parts = {}
-    for name in ("prompt", "completion"):
-        try:
-            with cpu_limit(job.row_seconds):
-                parts[name] = compile_row_template(template[name])
-        except TEMPLATE_ERRORS as error:
-            what = f"template.{name} of its data source is no valid Jinja: {error}"
-            raise UserError(place, what, "correct it in the recipe") from error
-
-    def read(row: Row, where: str) -> Conversation | Plain:
-        texts = {}
-        for name, part in parts.items():
-            try:
-                texts[name] = part(row)
-            except TEMPLATE_ERRORS as error:
-                found = ", ".join(row) or "no columns"
-                what = f"template.{name} of its data source stops with: {error}; the row has {found}"
-                raise UserError(where, what, "correct the template in the recipe, or the row") from error
-        if template["chat"]:
-            turns = [user(texts["prompt"]), assistant(texts["completion"])]
-            return Conversation(turns, plain=Plain.of(texts["prompt"], texts["completion"]))
-        return Plain.of(texts["prompt"], texts["completion"])
-
-    return read
 
 
 # ── the process ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,35 +19,46 @@ class Difference:
     max_abs: float  # largest difference of a logit
     mean_kl: float  # KL(reference || candidate), nats per position
     p99_kl: float  # its 99th percentile
-    top1_agreement: float  # share of positions with the same best token
+    top1_agreement: float  # share of positions with the same best choice
     positions: int
 
 
+Forward = Callable[[nn.Module, Any], Tensor]
+"""A model and a row to its logits (positions, choices): of the next token, of classes, of the ends of a span."""
+
+
+def next_tokens(model: nn.Module, row: list[int]) -> Tensor:
+    """The next-token logits (T, V) behind every token of a row of ids."""
+    found: Tensor = model(input_ids=torch.tensor([row], device=next(model.parameters()).device)).logits[0]
+    return found
+
+
 @torch.no_grad()
-def logits_of(model: nn.Module, rows: Sequence[list[int]], max_positions: int) -> list[Tensor]:
-    """Next-token logits of each row at evenly spaced positions, at most max_positions in all (one per row at least).
+def logits_of(
+    model: nn.Module, rows: Sequence[Any], max_positions: int, forward: Forward = next_tokens
+) -> list[Tensor]:
+    """Logits of each row at evenly spaced positions, at most max_positions in all (one per row at least).
 
     Rows are run one by one, in eval mode, so that no more than one row's logits are ever whole in memory. A 4-bit model
     on the CPU must have been disarmed (`support_avx512bf16_for_cpu`): eval mode would repack its weights.
-    Returns per row (positions, vocabulary) float32 on the CPU.
+    Returns per row (positions, choices) float32 on the CPU.
     """
     per_row = max(1, max_positions // max(1, len(rows)))
     was_training = model.training
-    device = next(model.parameters()).device
     kept = []
     model.eval()
     try:
         for row in rows:
-            chosen = torch.linspace(0, len(row) - 1, min(per_row, len(row))).round().long()
-            logits = model(input_ids=torch.tensor([row], device=device)).logits[0]
-            kept.append(logits[chosen.to(device)].float().cpu())
+            logits = forward(model, row)
+            chosen = torch.linspace(0, len(logits) - 1, min(per_row, len(logits))).round().long()
+            kept.append(logits[chosen.to(logits.device)].float().cpu())
     finally:
         model.train(was_training)
     return kept
 
 
 def compare(reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> Difference:
-    """Measure in float64, row by row. reference, candidate: per row (positions, vocabulary), as `logits_of` gives.
+    """Measure in float64, row by row. reference, candidate: per row (positions, choices), as `logits_of` gives.
 
     Raises UserError (exit code FAILED) where the candidate's logits are not finite.
     """

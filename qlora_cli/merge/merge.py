@@ -18,7 +18,9 @@ from torch import Tensor
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.merge.adapter_delta import Adapter, Update, plan_updates, read_adapter, updated
-from qlora_cli.model.layout import Layout, read_layout
+from qlora_cli.merge.head import for_task, keys_of
+from qlora_cli.model.heads import needs_packed
+from qlora_cli.model.layout import Layout, Made, read_layout
 from qlora_cli.model.ordinary import Ordinary, ordinary
 from qlora_cli.model.safetensors_stream import (
     INDEX,
@@ -28,7 +30,7 @@ from qlora_cli.model.safetensors_stream import (
     disk,
 )
 from qlora_cli.model.whole_folder import sync
-from qlora_cli.quant.layers import layer_values
+from qlora_cli.quant.layers import layer_values, packed_config
 from qlora_cli.recipe.schema import Quantization
 
 TOKENIZER_FILES = """
@@ -59,11 +61,12 @@ class _Plan:
     updates: dict[str, Update]  # by live parameter name
     layout: Layout
     quantized: frozenset[str]  # live names of the weights quantised in training
-    storage: Quantization
+    storage: Any  # as layer_values takes it
     compute_dtype: torch.dtype
     onto: str
     dtype: torch.dtype
     device: torch.device
+    made: Made | None
 
     def written(self, entry: Entry) -> Entry:
         """How a tensor of the base is written: parameters in `dtype`, anything else as it is."""
@@ -83,6 +86,7 @@ def merge_adapter(
     quantized_modules: Collection[str],
     on_tensor: OnTensor | None = None,
     device: torch.device | str = "cpu",
+    made: Made | None = None,
 ) -> Merged:
     """Write base + adapter to `out`, which must be new or empty.
 
@@ -93,10 +97,12 @@ def merge_adapter(
     quantized_modules, rounded to compute_dtype for the rest. `original` adds to the base as published.
     quantized_modules: full names of the modules quantised in training, as in the model without its adapter.
     device: where a weight is quantised; the kind of device that trained, to be equal to the last bit.
+    made: the task, whose head the adapter has and the base may lack; None: of the class that config.json names.
     Raises UserError for inputs that do not fit, and with exit code FAILED for a full disk or weights beyond `dtype`.
     """
     started = time.perf_counter()
-    layout, source, lora = read_layout(base, compute_dtype), ordinary(base, compute_dtype), read_adapter(adapter)
+    layout, lora = read_layout(base, compute_dtype, made), read_adapter(adapter)
+    source = for_task(ordinary(base, compute_dtype), lora, layout, made)
     checkpoint = source.checkpoint
     shapes = {full: e.shape for name, e in checkpoint.entries().items() if (full := layout.parameter(name))}
     weights = frozenset(f"{module}.weight" for module in quantized_modules)
@@ -105,7 +111,9 @@ def merge_adapter(
         raise UserError(base, f"no tensor for the quantised weight {absent[0]}", "name the base that was trained on")
     updates = plan_updates(lora, shapes, layout)
     where = torch.device(device)
-    plan = _Plan(source, lora, updates, layout, weights, quantization, compute_dtype, onto, dtype, where)
+    packed = made is not None and needs_packed(made.config, made.task, quantization)
+    storage = packed_config(quantization) if packed else quantization
+    plan = _Plan(source, lora, updates, layout, weights, storage, compute_dtype, onto, dtype, where, made)
     written = [plan.written(entry) for entry in checkpoint.entries().values()]
     num_bytes = sum(entry.num_bytes for entry in written)
     with _new_folder(out, num_bytes) as partial:
@@ -197,6 +205,7 @@ def _write_beside(plan: _Plan, folder: Path, num_bytes: int) -> None:
     config = json.loads((base / "config.json").read_bytes())
     for name in ("torch_dtype", "quantization_config"):
         config.pop(name, None)
+    config |= keys_of(plan.made, plan.layout)
     _write_json(folder / "config.json", config | {"dtype": str(plan.dtype).removeprefix("torch.")})
     if (base / "generation_config.json").is_file():
         _write(folder / "generation_config.json", (base / "generation_config.json").read_bytes())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import nn
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.base import Base
+from qlora_cli.model.heads import TASKS
 from qlora_cli.model.owner import Owner, refuse_other_base
 from qlora_cli.model.source import read_json
 from qlora_cli.quant.gptq import package_layers
@@ -18,14 +20,11 @@ from qlora_cli.quant.layers import quantized_linear, quantized_modules
 from qlora_cli.quant.linear4bit import reads_plainly
 from qlora_cli.recipe.schema import Adapter
 
-PEFT_TASKS = {"causal_lm": "CAUSAL_LM"}
-"""PEFT's name of a recipe task."""
-
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 
 
-def attach_adapter(base: Base, adapter: Adapter, task: str = "causal_lm") -> Any:
-    """The base wrapped in a PEFT model whose adapter weights are fp32 and alone require a gradient.
+def attach_adapter(base: Base, adapter: Adapter) -> Any:
+    """The base wrapped in a PEFT model whose adapter weights are fp32 and alone require a gradient, a head with them.
 
     Draws A from torch's global generator: seed it before. Raises UserError for a target that matches nothing.
     """
@@ -33,9 +32,9 @@ def attach_adapter(base: Base, adapter: Adapter, task: str = "causal_lm") -> Any
 
     if adapter.from_ is not None:
         return load_adapter(base, Path(adapter.from_), trainable=True)
-    targets = target_modules(base.model, adapter)
+    targets = target_modules(base, adapter)
     config = peft.LoraConfig(
-        task_type=PEFT_TASKS[task],
+        task_type=TASKS[base.task].peft_type,
         r=adapter.r,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
@@ -43,7 +42,7 @@ def attach_adapter(base: Base, adapter: Adapter, task: str = "causal_lm") -> Any
         init_lora_weights="gaussian" if adapter.init == "gaussian" else True,
         use_rslora=adapter.use_rslora,
         use_dora=adapter.use_dora,
-        modules_to_save=adapter.modules_to_save or None,
+        modules_to_save=[*dict.fromkeys([*adapter.modules_to_save, *base.head.modules])] or None,
         rank_pattern=adapter.rank_pattern,
         alpha_pattern=adapter.alpha_pattern,
     )
@@ -118,8 +117,11 @@ def save_adapter(model: Any, folder: Path, owner: Owner) -> None:
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
     owner.write(folder)
     config = model.peft_config["default"]
-    before = {name: getattr(config, name) for name in ("base_model_name_or_path", "inference_mode", "target_modules")}
+    changed = ("base_model_name_or_path", "inference_mode", "target_modules", "modules_to_save")
+    before = {name: getattr(config, name) for name in changed}
     config.base_model_name_or_path, config.inference_mode = owner.name, True
+    if config.modules_to_save:  # to which PEFT adds its own names of heads at every load
+        config.modules_to_save = saved_in_full(model)
     if isinstance(config.target_modules, set):  # whose order is another one in every process
         config.target_modules = sorted(config.target_modules)
     try:
@@ -127,6 +129,16 @@ def save_adapter(model: Any, folder: Path, owner: Owner) -> None:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+def saved_in_full(model: Any) -> list[str]:
+    """Full names, in the base, of the modules that the adapter trains in full."""
+    from peft.utils import ModulesToSaveWrapper
+
+    prefix = "base_model.model."
+    return [
+        name.removeprefix(prefix) for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)
+    ]
 
 
 def in_fp32(model: Any) -> Any:
@@ -145,15 +157,16 @@ def linear_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, kinds)]
 
 
-def target_modules(model: Any, adapter: Adapter) -> str | list[str]:
-    """The recipe's targets for PEFT, every one of which matches a linear module.
+def target_modules(base: Base, adapter: Adapter) -> str | list[str]:
+    """The recipe's targets for PEFT, every one of which matches a linear module, none of a head.
 
     all-linear and names go through as they are, since servers read them. A regular expression becomes the names it
     matches (PEFT would match it against every module, and stop at the first that is not linear), and so does
     everything where `layers` narrows it (PEFT refuses layers beside all-linear), and all-linear on a GPTQ or AWQ base
-    (PEFT would pass over its layers).
+    (PEFT would pass over its layers) or one with a head (PEFT would wrap some of it, and knows few of its names).
     """
-    targets, names = adapter.target_modules, linear_names(model)
+    model = base.model
+    targets, names = adapter.target_modules, [name for name in linear_names(model) if name not in base.head]
     if targets != "all-linear":
         targets = [targets] if isinstance(targets, str) else targets
         chosen = [name for target in targets for name in _matched(target, names, len(targets) == 1)]
@@ -162,7 +175,7 @@ def target_modules(model: Any, adapter: Adapter) -> str | list[str]:
     else:
         chosen = [name for name in names if model.get_submodule(name) is not model.get_output_embeddings()]
     if adapter.layers is None:
-        by_name = any(isinstance(module, package_layers()) for module in model.modules())
+        by_name = bool(base.head.modules) or any(isinstance(module, package_layers()) for module in model.modules())
         return chosen if targets == "all-linear" and by_name else targets
     known = {index for name in names if (index := _layer_of(name)) is not None}
     for layer in adapter.layers:
@@ -225,15 +238,12 @@ def check_config(model: Any, config: Any) -> None:
 
 
 def refuse_tied(model: Any, names: list[str]) -> None:
-    """Refuses to train one side of a tied embedding and head: the two would drift apart in silence."""
-    tied = getattr(model.config, "tie_word_embeddings", False)
-    heads = {
-        name
-        for name, module in model.named_modules()
-        if module is model.get_output_embeddings() or module is model.get_input_embeddings()
-    }
+    """Refuses to train one side of a tied weight, as an embedding's and its head's: the two would drift apart."""
+    named = dict(model.named_parameters(remove_duplicate=False))
+    shared = Counter(map(id, named.values()))
+    tied = [name.rpartition(".")[0] for name, parameter in named.items() if shared[id(parameter)] > 1]
     for name in names:
-        if tied and any(_is_suffix(name, head) for head in heads):
+        if any(_is_suffix(name, module) for module in tied):
             raise UserError(
                 "adapter",
                 f"{name} shares its weight with the embedding (tie_word_embeddings); training it is not available yet",

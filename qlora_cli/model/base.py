@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -16,6 +17,8 @@ import torch
 from torch import nn
 
 from qlora_cli.errors import Exit, UserError
+from qlora_cli.model.checks import check_complete, check_share_quantized, check_skipped
+from qlora_cli.model.heads import NO_HEAD, Head, auto_class, find_head, for_task, needs_packed, set_padding, start_head
 from qlora_cli.model.prequantized import merge_note, method_of, refuse_damaged, refuse_start, refuse_storage_keys
 from qlora_cli.model.source import fetch_weights, file_of, locate, read_config
 from qlora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
@@ -25,20 +28,11 @@ from qlora_cli.quant.layers import (
     left_as_they_are,
     num_embeddings,
     quantization_config,
-    quantized_linear,
-    quantized_modules,
     skip_patterns,
     stored_tensors,
 )
 from qlora_cli.quant.linear4bit import work_round_cpu_dequantize
 from qlora_cli.recipe.schema import Model, Recipe
-
-AUTO_CLASSES = {"causal_lm": "AutoModelForCausalLM"}
-"""The transformers class that loads a base, by recipe task."""
-
-SHARE_QUANTIZED = 0.9
-"""At least this share of the weights that should be quantised must be, or loading is an error."""
-
 
 INT8_ON_CPU = "on a CPU bitsandbytes trains int8 weights with unquantised activations, and evaluates with int8 ones"
 """What a user has to know, since what is measured is not quite what was trained (bitsandbytes 0.50.2)."""
@@ -46,12 +40,16 @@ INT8_ON_CPU = "on a CPU bitsandbytes trains int8 weights with unquantised activa
 
 @dataclass(frozen=True)
 class Found:
-    """A base before its weights are read: enough to check every row of data. config: transformers' own."""
+    """A base before its weights are read: enough to check every row of data.
+
+    config: transformers' own. task: model.task, for which it is loaded.
+    """
 
     folder: Path
     tokenizer: Any
     stop_token_ids: frozenset[int]
     config: Any
+    task: str
 
     @property
     def context(self) -> int | None:
@@ -61,12 +59,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Base(Found):
-    """A frozen base model and what belongs to it."""
+    """A frozen base model and what belongs to it. head: in fp32, new or of the checkpoint; an adapter trains it."""
 
     model: Any
     compute_dtype: torch.dtype
     summary: str
     note: str = ""
+    head: Head = NO_HEAD
 
     @property
     def device(self) -> torch.device:
@@ -105,17 +104,23 @@ def find_base(recipe: Recipe) -> Found:
     refuse_storage_keys(recipe.quantization, stored, folder)
     refuse_start(recipe.adapter, stored, folder)
     tokenizer = load_tokenizer(folder, recipe.model)
-    return Found(folder, tokenizer, stop_token_ids(folder, tokenizer), load_config(folder, recipe.model))
+    config = load_config(folder, recipe.model)
+    set_padding(config, tokenizer, recipe.model.task)
+    return Found(folder, tokenizer, stop_token_ids(folder, tokenizer), config, recipe.model.task)
 
 
 def load_config(folder: Path, model: Model) -> Any:
-    """The model's config as transformers reads it. Raises UserError where it does not."""
+    """The model's config as transformers reads it, with the labels of the task.
+
+    Raises UserError where it cannot be read, and for a task that the architecture cannot do.
+    """
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code, local_files_only=True)
     except Exception as error:  # its classes check what a file says by raising what they like
         raise _unloadable(folder, error) from error
+    return for_task(config, model, folder)
 
 
 def load_base(recipe: Recipe, device: torch.device, found: Found | None = None, *, packed: bool = False) -> Base:
@@ -128,32 +133,45 @@ def load_base(recipe: Recipe, device: torch.device, found: Found | None = None, 
     fetch_weights(recipe.model, found.folder)
     refuse_damaged(found.folder)
     dtype = compute_dtype_for(recipe.quantization.compute_dtype, device)
-    model = load_model(recipe, found.folder, dtype, device, packed=packed)
+    model, head = load_model(recipe, found, dtype, device, packed=packed)
     check_vocabulary(found.tokenizer, num_embeddings(model), found.folder)
     int8_on_cpu = recipe.quantization.data_type == "int8" and device.type == "cpu"
     note = INT8_ON_CPU if int8_on_cpu else merge_note(read_config(found.folder))
-    known = (found.folder, found.tokenizer, found.stop_token_ids, found.config)
-    return Base(*known, model, dtype, bytes_by_type(model), note)
+    known = (found.folder, found.tokenizer, found.stop_token_ids, found.config, found.task)
+    return Base(*known, model, dtype, bytes_by_type(model) + told(head), note, head)
 
 
-def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device, *, packed: bool = False) -> Any:
-    """The model alone: quantised while it loads, every weight from the checkpoint, nothing trainable."""
-    import transformers
+def told(head: Head) -> str:
+    """The end of a summary: which modules are new, if any."""
+    return f"; new, from the seed: {', '.join(head.new_modules)}" if head.new else ""
 
+
+def load_model(
+    recipe: Recipe, found: Found, dtype: torch.dtype, device: torch.device, *, packed: bool = False
+) -> tuple[Any, Head]:
+    """The model alone and its head: quantised while it loads, nothing trainable.
+
+    Every weight is the checkpoint's, but for a new head, which starts at training.seed.
+    """
     from qlora_cli.quant.plugin import BadWeight
 
-    auto = getattr(transformers, AUTO_CLASSES[recipe.model.task])
-    skipped = skip_patterns(recipe.quantization)
+    folder = found.folder
+    head = find_head(folder, found.config, recipe.model)
+    quantization = head.spared(recipe.quantization)
+    skipped = skip_patterns(quantization)
     method = method_of(read_config(folder))
     attention = recipe.model.attn_implementation
     arguments: dict[str, Any] = {} if attention == "auto" else {"attn_implementation": attention}
+    arguments |= {"key_mapping": dict(head.renamed)} if head.renamed else {}
+    arguments["config"] = copy.deepcopy(found.config)
     if method in BACKENDS:
-        arguments["config"] = choose_kernel(load_config(folder, recipe.model))
+        arguments["config"] = choose_kernel(arguments["config"])
     elif method is None:  # else config.json says it, and even None would overrule that
-        arguments["quantization_config"] = quantization_config(recipe.quantization, dtype, packed)
+        packed = packed or needs_packed(found.config, recipe.model.task, quantization)
+        arguments["quantization_config"] = quantization_config(quantization, dtype, packed)
     try:
         with quiet_loading(), faster_quantiser():
-            model, info = auto.from_pretrained(
+            model, info = auto_class(recipe.model.task).from_pretrained(
                 folder,
                 dtype=dtype,
                 device_map={"": device},
@@ -169,7 +187,8 @@ def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.d
     except (OSError, ValueError, ImportError, RuntimeError, KeyError) as error:
         raise _unloadable(folder, error) from error
     check_skipped(model, recipe.quantization.skip_modules)  # first: of a tied head the loader tells something else
-    check_complete(folder, info)
+    check_complete(folder, info, head)
+    start_head(model, head, recipe.training.seed)
     disarm_cpu_repacking(model)
     work_round_cpu_dequantize(model)
     if method is not None:
@@ -178,7 +197,7 @@ def load_model(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.d
     elif recipe.quantization.data_type != "none":
         check_share_quantized(model, [*skipped, *left_as_they_are(model, recipe.quantization)])
     model.requires_grad_(False)
-    return model.eval()
+    return model.eval(), head
 
 
 def _unloadable(folder: Path, error: Exception) -> UserError:
@@ -217,73 +236,6 @@ def quiet_loading() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
-def check_complete(folder: Path, info: dict[str, Any]) -> None:
-    """Refuses a load that left weights random or of another shape."""
-    absent = sorted(info["missing_keys"])
-    odd = [
-        f"{name}: {tuple(found)} in the file, {tuple(wanted)} in the model"
-        for name, found, wanted in sorted(info["mismatched_keys"], key=str)
-    ]
-    if not absent and not odd:
-        return
-    named = ", ".join((odd + absent)[:5])
-    raise UserError(
-        folder,
-        f"{len(absent) + len(odd)} weights would be random, not pretrained: {named}",
-        "complete the checkpoint, or check that config.json belongs to it",
-    )
-
-
-def check_skipped(model: Any, skip_modules: list[str] | str) -> None:
-    """Refuses a name in `skip_modules` that matches no module, and a list without a head that is tied.
-
-    lm_head may match nothing, since not every model has a module of that name.
-    """
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    for name, module in quantized_linear(model).items():
-        if module is model.get_output_embeddings() and getattr(model.config, "tie_word_embeddings", False):
-            raise UserError(
-                "quantization.skip_modules",
-                f"{name} shares its weight with the embedding, so it cannot be quantised",
-                f"put {name} into the list",
-            )
-    names = [name for name, _ in model.named_modules() if name]
-    for entry in [skip_modules] if isinstance(skip_modules, str) else skip_modules:
-        if entry != "lm_head" and all(should_convert_module(name, [entry]) for name in names):
-            known = sorted({name.rsplit(".", 1)[-1] for name in names if not name[-1].isdigit()})
-            raise UserError(
-                "quantization.skip_modules", f"{entry!r} matches no module", f"choose from {', '.join(known)}"
-            )
-
-
-def check_share_quantized(model: nn.Module, skip_modules: list[str] | str) -> None:
-    """Refuses a model of whose quantisable weights less than 90% were quantised, and names what was left.
-
-    Quantisable is every weight of two or more dimensions outside embeddings, `skip_modules` and norms.
-    """
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    skipped = [skip_modules] if isinstance(skip_modules, str) else list(skip_modules)
-    quantized = quantized_modules(model)
-    done = sum(module.in_features * module.out_features for module in quantized_linear(model).values())
-    left: Counter[str] = Counter()
-    for name, module in model.named_modules():
-        if name in quantized or isinstance(module, nn.Embedding) or not should_convert_module(name, skipped):
-            continue
-        left[name] += sum(p.numel() for p in module.parameters(recurse=False) if p.dim() >= 2)
-    total = done + left.total()
-    if total and done >= SHARE_QUANTIZED * total:
-        return
-    named = ", ".join(name or "(top)" for name, size in left.most_common(5) if size)
-    raise UserError(
-        "quantization.data_type",
-        f"only {done / max(total, 1):.0%} of the weights that should be quantised are; left in full: {named or 'all'}",
-        "this architecture cannot be quantised yet (fused experts?): use quantization.data_type: none",
-        Exit.REFUSED,
-    )
-
-
 def bytes_by_type(model: nn.Module) -> str:
     """One line: how many bytes of the model lie in which type."""
     sizes: Counter[str] = Counter()
@@ -308,6 +260,7 @@ NOT_THE_FUNCTION = {"_name_or_path", "transformers_version", "quantization_confi
 def fingerprint(model: Any) -> str:
     """SHA-256 over the base as loaded: its configuration, and every tensor as stored, packed bytes and scales alike.
 
+    A new head is part of it, at the start that it has from the seed: the same at every load.
     To be taken before the first forward pass: an int8 layer moves its scales there.
     """
     config = {key: value for key, value in model.config.to_dict().items() if key not in NOT_THE_FUNCTION}

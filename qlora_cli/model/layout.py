@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,32 +12,50 @@ from typing import Any
 import torch
 
 from qlora_cli.errors import UserError
+from qlora_cli.model.heads import auto_class
+from qlora_cli.model.names import renamer
 from qlora_cli.quant.data_types import QUANT_METHOD
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names as in the live model; a checkpoint of the bare model (hub GPT-2) lacks their prefix."""
+    """Names as in the live model; a checkpoint of another class or age has other ones (hub GPT-2 lacks a prefix).
 
-    prefix: str
-    parameters: frozenset[str]
+    architecture: the class of the model. parameters: with their shapes.
+    """
+
+    architecture: str
+    live: Callable[[str], str | None]  # the name of a checkpoint tensor, None where the model has no such tensor
+    parameters: Mapping[str, tuple[int, ...]]
     conv1d: frozenset[str]  # modules whose weight is stored (in_features, out_features)
     tied: frozenset[str]  # modules that share their weight with another
     embeddings: frozenset[str]  # modules whose weight is the input embedding's: it, and what is tied to it
 
     def parameter(self, name: str) -> str | None:
         """The live name of a checkpoint tensor, or None where it is none of the parameters (a buffer)."""
-        return next((full for full in (name, f"{self.prefix}.{name}") if full in self.parameters), None)
+        full = self.live(name)
+        return full if full in self.parameters else None
 
 
-def read_layout(folder: Path, compute_dtype: torch.dtype) -> Layout:
+@dataclass(frozen=True)
+class Made:
+    """What a merged model is made for: a task, and transformers' config with what the task says in it.
+
+    Without one it is of the class that the base's config.json names.
+    """
+
+    task: str
+    config: Any
+
+
+def read_layout(folder: Path, compute_dtype: torch.dtype, made: Made | None = None) -> Layout:
     """Build the folder's model on the meta device, without memory, and read its names.
 
     Raises UserError as `meta_model` does, and for a class that keeps some weights in float32 beside compute_dtype.
     """
     from transformers.pytorch_utils import Conv1D
 
-    model = meta_model(folder)
+    model = meta_model(folder, made)
     if kept := _kept_in_fp32(model, compute_dtype):
         what = f"merging {type(model).__name__} in {compute_dtype} is not available yet"
         todo = "train it with quantization.compute_dtype: float32"
@@ -44,15 +64,16 @@ def read_layout(folder: Path, compute_dtype: torch.dtype) -> Layout:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     embedding = model.get_input_embeddings().weight
     return Layout(
-        prefix=model.base_model_prefix,
-        parameters=frozenset(parameters),
+        architecture=type(model).__name__,
+        live=renamer(model),
+        parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
         conv1d=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
         tied=frozenset(name.rpartition(".")[0] for name, p in parameters.items() if shared[id(p)] > 1),
         embeddings=frozenset(name.rpartition(".")[0] for name, p in parameters.items() if p is embedding),
     )
 
 
-def meta_model(folder: Path) -> Any:
+def meta_model(folder: Path, made: Made | None = None) -> Any:
     """The model of a folder with ordinary layers, on the meta device: names and shapes without memory.
 
     Raises UserError where config.json is missing or damaged, of a checkpoint that is quantised by others, or of a class
@@ -69,6 +90,11 @@ def meta_model(folder: Path) -> Any:
         if stored.get("quant_method") != QUANT_METHOD:
             raise UserError(folder, "this base is stored quantised", "name the folder of its 16- or 32-bit weights")
         del config.quantization_config
+    if made is not None:
+        config = copy.deepcopy(made.config)
+        vars(config).pop("quantization_config", None)
+        with torch.device("meta"):
+            return auto_class(made.task).from_config(config)
     architecture = (config.architectures or ["none"])[0]
     model_class = getattr(transformers, architecture, None)
     if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):

@@ -83,6 +83,8 @@ def _dequantized(files: dict[str, Path], name: str, layer: PackedLayer, dtype: t
         if one not in files:
             raise UserError(files[name], f"{one} is missing: {layer.storage} needs it", "restore the folder")
         parts[part] = read_tensor(files[one], one)
+        if part == "weight" and parts[part].dtype == layer.codes_dtype:
+            parts[part] = parts[part].view(torch.uint8)
         found, needed = ((tuple(tensor.shape), tensor.dtype) for tensor in (parts[part], wanted))
         if found != needed:
             raise UserError(files[one], f"{one} is {found}, {layer.storage} needs {needed}", "restore the folder")

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from qlora_cli.errors import UserError
-from qlora_cli.model.base import AUTO_CLASSES, Found, check_skipped
+from qlora_cli.model.base import Found
+from qlora_cli.model.checks import check_skipped
+from qlora_cli.model.heads import find_head, needs_packed, on_meta
 from qlora_cli.model.prequantized import method_of
 from qlora_cli.model.source import file_of, read_config
 from qlora_cli.model.start import changes_base
@@ -18,15 +18,7 @@ from qlora_cli.recipe.schema import Recipe
 
 def skeleton(recipe: Recipe, folder: Path, config: Any) -> Any:
     """The model without its weights, on the meta device. Raises UserError where transformers cannot build it."""
-    import transformers
-
-    auto = getattr(transformers, AUTO_CLASSES[recipe.model.task])
-    try:
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
-    except (ValueError, KeyError, ImportError, RuntimeError) as error:
-        cause = str(error).strip().partition("\n")[0]
-        raise UserError(folder, f"transformers cannot build this model: {cause}", "check its config.json") from error
+    model = on_meta(config, recipe.model, folder)
     check_skipped(model, recipe.quantization.skip_modules)
     return model
 
@@ -37,12 +29,14 @@ def check_storage(recipe: Recipe, found: Found) -> None:
     What loads the weights refuses the same, but after the data was prepared.
     """
     started = changes_base(recipe.adapter) and recipe.quantization.data_type != "none"
-    if method_of(read_config(found.folder)) is not None or not (is_packed(recipe.quantization) or started):
+    ours = is_packed(recipe.quantization) or needs_packed(found.config, found.task, recipe.quantization)
+    if method_of(read_config(found.folder)) is not None or not (ours or started):
         return
     from qlora_cli.quant.plugin import BadWeight, PackedQuantizer
 
     model = skeleton(recipe, found.folder, found.config)
+    quantization = find_head(found.folder, found.config, recipe.model).spared(recipe.quantization)
     try:
-        PackedQuantizer(packed_config(recipe.quantization), pre_quantized=False).preprocess_model(model)
+        PackedQuantizer(packed_config(quantization), pre_quantized=False).preprocess_model(model)
     except BadWeight as error:
         raise UserError(f"{file_of(error.where, found.folder)}: {error.where}", error.what, error.todo) from error

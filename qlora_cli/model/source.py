@@ -71,13 +71,8 @@ def download(model: Model, patterns: list[str]) -> Path:
 
 
 def check_config(folder: Path) -> None:
-    """Refuses a model that is quantised in a way we do not load, or has an encoder."""
-    config = read_config(folder)
-    refuse_unknown_method(config, folder)
-    if config.get("is_encoder_decoder"):
-        raise UserError(
-            folder / "config.json", "an encoder-decoder model, which is not available yet", "use a decoder-only model"
-        )
+    """Refuses a model that is quantised in a way we do not load."""
+    refuse_unknown_method(read_config(folder), folder)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qlora_cli.errors import UserError
 from qlora_cli.model import calibration, weights
 from qlora_cli.model.base import Base, load_model
 from qlora_cli.quant import kernels
@@ -68,8 +69,11 @@ def measures(
     if not rows:
         yield from ((name, Measure()) for name in names)
         return
+    if base.task != "causal_lm":
+        what = f"calibration of {base.task} is not available yet"
+        raise UserError("adapter.loftq.calibration", what, "leave it out")
     unquantized = recipe.model_copy(update={"quantization": Quantization(data_type="none")})
-    model = load_model(unquantized, base.folder, base.compute_dtype, base.device)
+    model, _head = load_model(unquantized, base, base.compute_dtype, base.device)
     for portion in calibration.portions(model, names):
         moments = calibration.second_moments(model, portion, rows)
         for name in portion:

@@ -18,6 +18,7 @@ import torch
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.adapter import attach_adapter, save_adapter
 from qlora_cli.model.base import Base, Found, load_base, quiet_loading, readable_bytes
+from qlora_cli.model.heads import TASKS
 from qlora_cli.model.owner import AROUND, Owner
 from qlora_cli.model.prequantized import RECORD, method_of
 from qlora_cli.model.source import read_config
@@ -32,9 +33,9 @@ The linear weights are stored as {stored}. `start.json` says what this folder wa
 
 ```python
 import qlora_cli.quant.plugin  # teaches transformers the packed layers
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-base = AutoModelForCausalLM.from_pretrained("this/folder")
+base = {auto_class}.from_pretrained("this/folder")
 ```
 """
 
@@ -90,7 +91,7 @@ def write_base(place: Path, recipe: Recipe, found: Found, made_from: dict[str, A
     check_room(base, place, making)
     table = list(start_base(place, recipe, base, making)) if started else []
     with quiet_loading():
-        base.model.save_pretrained(place)
+        base.model.save_pretrained(place, save_original_format=not base.head.renamed)  # no other loader renames them
     for path in companions(found.folder):
         shutil.copyfile(path, place / path.name)
     record = {"made_from": made_from, "table": [asdict(line) for line in table]}
@@ -101,7 +102,7 @@ def write_base(place: Path, recipe: Recipe, found: Found, made_from: dict[str, A
 
 def start_base(place: Path, recipe: Recipe, base: Base, making: Making) -> Iterator[Line]:
     """Changes the base to the one that the adapter's start belongs to, and writes the start into `place`."""
-    model = attach_adapter(base, recipe.adapter, recipe.model.task)
+    model = attach_adapter(base, recipe.adapter)
     number, lines = len(adapted_layers(model)), []
     of = "error of outputs" if making.rows else "error"
     for line in start_layers(recipe, base, model, making.rows):
@@ -163,5 +164,6 @@ def card(recipe: Recipe) -> str:
     """The README of a stored base."""
     quantization = recipe.quantization
     stored = f"{quantization.data_type} in blocks of {quantization.block_size}"
-    text = CARD.format(name=recipe.model.name_or_path, stored=stored)
+    auto_class = TASKS[recipe.model.task].auto_class
+    text = CARD.format(name=recipe.model.name_or_path, stored=stored, auto_class=auto_class)
     return text + START.format(init=recipe.adapter.init) if changes_base(recipe.adapter) else text

@@ -11,7 +11,7 @@ from qlora_cli.recipe.schema import Model
 
 
 def load_tokenizer(folder: Path, model: Model) -> Any:
-    """The tokenizer in `folder`. Raises UserError where there is none, or where it has no end-of-turn token."""
+    """The tokenizer in `folder`. Raises UserError where there is none, or where text is to be learned and none ends."""
     from transformers import AutoTokenizer
 
     try:
@@ -23,7 +23,7 @@ def load_tokenizer(folder: Path, model: Model) -> Any:
         raise UserError(
             folder, f"no tokenizer could be loaded: {reason}", "put the tokenizer's files into the model folder"
         ) from error
-    if tokenizer.eos_token_id is None:
+    if tokenizer.eos_token_id is None and model.task in ("causal_lm", "seq2seq_lm"):
         raise UserError(
             folder / "tokenizer_config.json",
             "the tokenizer has no eos_token, so the model could never learn to stop",
@@ -42,7 +42,7 @@ def stop_token_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
         except (ValueError, AttributeError) as error:
             raise UserError(path, f"not a JSON object: {error}", "restore or delete the file") from error
     listed = named if isinstance(named, list) else [] if named is None else [named]
-    return frozenset([tokenizer.eos_token_id, *listed])
+    return frozenset([tokenizer.eos_token_id, *listed]) - {None}
 
 
 def check_vocabulary(tokenizer: Any, embedding_rows: int, folder: Path) -> None:

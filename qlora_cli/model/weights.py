@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qlora_cli.errors import UserError
+from qlora_cli.model.names import key_mapping
 from qlora_cli.model.safetensors_stream import read_checkpoint, read_tensor
 
 Weights = Callable[[str], Tensor]
@@ -19,11 +20,13 @@ Weights = Callable[[str], Tensor]
 def of_checkpoint(folder: Path, model: Any) -> Weights:
     """The weights of the checkpoint that `model` was loaded from, read one at a time."""
     checkpoint = read_checkpoint(folder)
+    prefixes = [pattern.strip("^\\.") for pattern in key_mapping(model)]
     files = {entry.name: folder / shard for shard, entries in checkpoint.shards.items() for entry in entries}
 
     def weight(module: str) -> Tensor:
-        names = (f"{module}.weight", f"{module.removeprefix(model.base_model_prefix + '.')}.weight")  # hub GPT-2
-        name = next((name for name in names if name in files), None)
+        bare = module.removeprefix(f"{model.base_model_prefix}.")
+        names = (module, bare, *(f"{published}.{bare}" for published in prefixes))  # `bare`: hub GPT-2
+        name = next((f"{name}.weight" for name in names if f"{name}.weight" in files), None)
         if name is None:
             what = f"no tensor for {module}: transformers makes it of others, which is not available yet"
             raise UserError(folder, what, "leave the module out of adapter.target_modules")

@@ -25,6 +25,7 @@ from qlora_cli.model.base import (
     load_base,
     load_config,
 )
+from qlora_cli.model.heads import find_head
 from qlora_cli.model.skeleton import skeleton
 from qlora_cli.model.source import fetch_weights, file_of, locate
 from qlora_cli.model.weights import of_checkpoint
@@ -71,10 +72,11 @@ def inspect(recipe: Recipe, data_types: Sequence[str], report: Report, max_lengt
     found = find_base(recipe) if recipe.data.eval else None
     examples = read_rows(recipe, found, report, max_length) if found else None
     names = list(dict.fromkeys([*([PLAIN] if examples else []), *data_types]))
-    types = {name: recipe.quantization.model_copy(update={"data_type": name}) for name in names}
     device = default_device()
     dtype = compute_dtype_for(recipe.quantization.compute_dtype, device)
     fetch_weights(recipe.model, folder)
+    spared = find_head(folder, config, recipe.model).spared(recipe.quantization)
+    types = {name: spared.model_copy(update={"data_type": name}) for name in names}
     model = skeleton(recipe, folder, config)
     layers, left_out = measure_layers(folder, model, types, (dtype, device), report)
     result = {

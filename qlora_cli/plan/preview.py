@@ -11,14 +11,14 @@ from qlora_cli.data.examples import Examples
 from qlora_cli.data.prepare import Unfit
 from qlora_cli.data.rows import Role, count
 from qlora_cli.data.sources import resolve
-from qlora_cli.data.statistics import Statistics, statistics
+from qlora_cli.data.statistics import statistics
 from qlora_cli.data.stream import BLOCK
 from qlora_cli.data.view import row_of, shown, special_ids
 from qlora_cli.errors import UserError
 from qlora_cli.model.base import Found, find_base
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
-from qlora_cli.train.reading import load_role, order_of, refuse_trained_on
+from qlora_cli.train.reading import load_role, order_of, positions_of, refuse_trained_on
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, date_of
 
@@ -57,7 +57,7 @@ def preview(recipe: Recipe, report: Report, role: Role, row: int | None, limit: 
             *(beginnings(recipe) if streamed else []),
             *(seen(recipe, examples) if role == "eval" else []),
             *examples.losses(),
-            *beyond_context(found, examples, told),
+            *beyond_context(found, examples),
         ],
         "rows": [{**row, "where": from_here(row["where"])} for row in rows],
         "whole": row is not None,
@@ -116,11 +116,12 @@ def beginnings(recipe: Recipe) -> list[str]:
     return [f"the first {BLOCK:,} rows of each source at most: it is streamed, and training reads on for {steps}"]
 
 
-def beyond_context(found: Found, examples: Examples, told: Statistics) -> list[str]:
+def beyond_context(found: Found, examples: Examples) -> list[str]:
     """What training will refuse: an example of more tokens than the model has positions."""
-    context, longest = found.context, told.lengths.most
+    context, lengths = found.context, positions_of(examples)
+    longest = int(lengths.max())
     if not context or longest <= context:
         return []
-    longer = count(int((examples.lengths > context).sum()), "example")
+    longer = count(int((lengths > context).sum()), "example")
     what = f"the longest example has {longest:,} tokens, the model {context:,} positions"
     return [f"{what}: training will refuse {longer}"]

@@ -109,14 +109,17 @@ def num_embeddings(model: Any) -> int:
 
 
 def layer_values(
-    weight: Tensor, quantization: Quantization, name: str, compute_dtype: torch.dtype, embedding: bool = False
+    weight: Tensor, quantization: Any, name: str, compute_dtype: torch.dtype, embedding: bool = False
 ) -> Tensor:
     """The float32 values that a quantised layer loaded with `dtype=compute_dtype` computes with.
 
     weight: (out_features, in_features), or an embedding's, as in the checkpoint; name: the module's.
+    quantization: the recipe's Quantization, or the PackedConfig of packed layers where bitsandbytes has some too.
     embedding: whether it is the input embedding, or tied to it. See roundtrip.dequantized.
     """
-    config = packed_config(quantization) if is_packed(quantization) else None
+    config: Any = quantization
+    if isinstance(quantization, Quantization):
+        config = packed_config(quantization) if is_packed(quantization) else None
     storage = config and (config.embedding_storage if embedding else config.storage_of(name))
     if storage is None:
         how = (quantization.data_type, quantization.double_quant, quantization.block_size)

@@ -51,6 +51,8 @@ class PackedLayer(nn.Module):
     zeros: Tensor | None
     transposed = False
     """Whether the checkpoint that it is read from has the weight as (in, out), as GPT-2's Conv1D."""
+    codes_dtype = torch.uint8
+    """Of the codes. T5 casts what it feeds its `wo` to the type of that weight unless that is int8 (transformers 5)."""
     shared: tuple[PackedLayer, ...] = ()
     """The one layer whose weight and scales are this one's too; in a tuple, so that it is no submodule."""
 
@@ -68,7 +70,7 @@ class PackedLayer(nn.Module):
     def packed(self) -> Packed:
         """The stored weight."""
         of = self.holder
-        return Packed(of.weight.data, Scales(of.scales, of.scales_absmax, of.scales_offset), of.zeros)
+        return Packed(of.weight.data.view(torch.uint8), Scales(of.scales, of.scales_absmax, of.scales_offset), of.zeros)
 
     def reserve(self, storage: Storage, device: Any) -> None:
         """Takes tensors without values for a weight of its shape."""
@@ -77,6 +79,11 @@ class PackedLayer(nn.Module):
         self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
         for name in BUFFERS:
             self.register_buffer(name, tensors.get(name))
+
+    def hold_as_int8(self) -> None:
+        """Has the same codes under the type that T5 leaves alone."""
+        self.codes_dtype = torch.int8
+        self.weight = nn.Parameter(self.weight.data.view(torch.int8), requires_grad=False)
 
     def tied_to(self, other: PackedLayer) -> Self:
         """Shares the weight of another layer, which is stored once, and keeps none of its own."""
@@ -91,10 +98,14 @@ class PackedLayer(nn.Module):
 
     def store(self, packed: Packed) -> None:
         """Takes the place of a weight that `packed_from` or a like quantiser of the same code gave."""
-        tensors = tensors_of(packed)
+        tensors = self.tensors_of(packed)
         self.weight = nn.Parameter(tensors["weight"], requires_grad=False)
         for name in BUFFERS:
             setattr(self, name, tensors[name])
+
+    def tensors_of(self, packed: Packed) -> dict[str, Any]:
+        """The tensors of a packed weight by the names that this layer gives them; None for those that there are not."""
+        return tensors_of(packed) | {"weight": packed.codes.view(self.codes_dtype)}
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight that the layer computes with."""

@@ -164,7 +164,7 @@ class _Quantize(ConversionOps):
                 self.quantizer.not_finite.append(name)
                 weight = torch.zeros_like(weight)
             packed = module.packed_from(weight.T if module.transposed else weight)
-            tensors = {one: tensor for one, tensor in tensors_of(packed).items() if tensor is not None}
+            tensors = {one: tensor for one, tensor in module.tensors_of(packed).items() if tensor is not None}
             path = name.removesuffix(".weight")
             if module.shared or path == self.quantizer.embedding:  # a checkpoint may have either, or both
                 path = self._tied(path, module.holder, tensors)
@@ -199,6 +199,8 @@ def _swap(model: nn.Module, name: str, module: Any, storage: Storage, pre_quanti
         raise BadWeight(f"{name}.weight", what, f"set another block size, or put {name} into skip_modules")
     layer = PackedLinear(columns, rows, module.bias is not None, storage, device="meta", dtype=module.weight.dtype)
     layer.transposed = transposed
+    if set(name.split(".")) & set(getattr(model, "_keep_in_fp32_modules", None) or ()):
+        layer.hold_as_int8()
     if not pre_quantized:
         layer.weight = nn.Parameter(torch.empty_like(module.weight, device="meta"), requires_grad=False)
     model.set_submodule(name, layer)

@@ -9,13 +9,15 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from qlora_cli.recipe.fields import fields
 from qlora_cli.recipe.located_yaml import show
 from qlora_cli.recipe.problems import Problem
 from qlora_cli.recipe.remote import is_local
-from qlora_cli.recipe.schema import Adapter, LoftQ, Recipe, Section, Source
+from qlora_cli.recipe.schema import Adapter, LoftQ, Recipe, Source
+from qlora_cli.recipe.suite_rules import SUITE_RULES
+from qlora_cli.recipe.task_rules import TASK_RULES
+from qlora_cli.recipe.values import given, no_effect, plain
 
 Rule = Callable[[Recipe], Iterator[Problem]]
 
@@ -50,7 +52,7 @@ def no_folder_called_tilde(recipe: Recipe) -> Iterator[Problem]:
 def one_kind_of_length_limit(recipe: Recipe) -> Iterator[Problem]:
     """`data.max_length` is not given beside `source_max_length` and `target_max_length`."""
     data = recipe.data
-    if data.source_max_length is not None and data.target_max_length is not None and _given(data, "max_length"):
+    if data.source_max_length is not None and data.target_max_length is not None and given(data, "max_length"):
         what = f"`max_length: {data.max_length}` beside `source_max_length` and `target_max_length`"
         yield Problem(("data", "max_length"), what, "Keep the one limit or the pair")
 
@@ -62,13 +64,13 @@ def block_settings_need_blocks(recipe: Recipe) -> Iterator[Problem]:
     in_blocks = in_blocks or (quantization.data_type == "int8" and recipe.adapter.init in STORES_ITS_BASE)
     if quantization.data_type in ("int8", "none") and not in_blocks:
         for name in ("double_quant", "block_size"):
-            yield from _no_effect(recipe, "quantization", name, f"with `data_type: {quantization.data_type}`")
+            yield from no_effect(recipe, "quantization", name, f"with `data_type: {quantization.data_type}`")
 
 
 def nothing_is_skipped_where_nothing_is_quantised(recipe: Recipe) -> Iterator[Problem]:
     """`quantization.skip_modules` needs a data type to skip."""
     if recipe.quantization.data_type == "none" and not recipe.quantization.overrides:
-        yield from _no_effect(recipe, "quantization", "skip_modules", "with `data_type: none`")
+        yield from no_effect(recipe, "quantization", "skip_modules", "with `data_type: none`")
 
 
 def what_is_mixed_is_in_blocks(recipe: Recipe) -> Iterator[Problem]:
@@ -92,7 +94,7 @@ def ranges_need_uniform_levels(recipe: Recipe) -> Iterator[Problem]:
     kinds = {quantization.data_type, quantization.embeddings, *quantization.overrides.values()}
     if not kinds & {"int4", "int2"}:
         for name in ("zero_point", "clip"):
-            yield from _no_effect(recipe, "quantization", name, f"with `data_type: {quantization.data_type}`")
+            yield from no_effect(recipe, "quantization", name, f"with `data_type: {quantization.data_type}`")
 
 
 def outliers_need_int8(recipe: Recipe) -> Iterator[Problem]:
@@ -100,7 +102,7 @@ def outliers_need_int8(recipe: Recipe) -> Iterator[Problem]:
     started = recipe.adapter.init in STORES_ITS_BASE
     if recipe.quantization.data_type != "int8" or started:
         cause = f"init: {recipe.adapter.init}" if started else f"data_type: {recipe.quantization.data_type}"
-        yield from _no_effect(recipe, "quantization", "outlier_threshold", f"with `{cause}`")
+        yield from no_effect(recipe, "quantization", "outlier_threshold", f"with `{cause}`")
 
 
 def a_continued_adapter_keeps_its_shape(recipe: Recipe) -> Iterator[Problem]:
@@ -108,8 +110,8 @@ def a_continued_adapter_keeps_its_shape(recipe: Recipe) -> Iterator[Problem]:
     if recipe.adapter.from_ is None:
         return
     for name in fields(Adapter):
-        if name != "from" and _given(recipe.adapter, name):
-            what = f"`{name}: {show(_plain(recipe.adapter, name))}` beside `from: {recipe.adapter.from_}`"
+        if name != "from" and given(recipe.adapter, name):
+            what = f"`{name}: {show(plain(recipe.adapter, name))}` beside `from: {recipe.adapter.from_}`"
             todo = f"Delete `{name}`: a continued adapter brings its own, or delete `from` to start anew"
             yield Problem(("adapter", name), what, todo)
 
@@ -126,7 +128,7 @@ def loftq_settings_need_loftq(recipe: Recipe) -> Iterator[Problem]:
     adapter = recipe.adapter
     if adapter.from_ is None and adapter.init != "loftq":
         for name in fields(LoftQ):
-            if _given(adapter.loftq, name):
+            if given(adapter.loftq, name):
                 what = f"`{name}: {getattr(adapter.loftq, name)}` has no effect with `init: {adapter.init}`"
                 yield Problem(("adapter", "loftq", name), what, "Set `adapter.init: loftq` or delete it")
 
@@ -150,7 +152,7 @@ def a_start_that_changes_the_base_can_store_it(recipe: Recipe) -> Iterator[Probl
 def one_kind_of_warmup(recipe: Recipe) -> Iterator[Problem]:
     """Warmup is given as `training.warmup_steps` or as `warmup_ratio`."""
     training = recipe.training
-    if training.warmup_steps is not None and _given(training, "warmup_ratio"):
+    if training.warmup_steps is not None and given(training, "warmup_ratio"):
         what = f"`warmup_ratio: {training.warmup_ratio}` beside `warmup_steps: {training.warmup_steps}`"
         yield Problem(("training", "warmup_ratio"), what, "Keep one of the two")
 
@@ -158,7 +160,7 @@ def one_kind_of_warmup(recipe: Recipe) -> Iterator[Problem]:
 def a_constant_schedule_has_no_floor(recipe: Recipe) -> Iterator[Problem]:
     """`training.min_lr_ratio` is for a schedule that falls, not for `lr_scheduler: constant`."""
     if recipe.training.lr_scheduler == "constant":
-        yield from _no_effect(recipe, "training", "min_lr_ratio", "with `lr_scheduler: constant`")
+        yield from no_effect(recipe, "training", "min_lr_ratio", "with `lr_scheduler: constant`")
 
 
 def one_kind_of_held_out_data(recipe: Recipe) -> Iterator[Problem]:
@@ -169,15 +171,15 @@ def one_kind_of_held_out_data(recipe: Recipe) -> Iterator[Problem]:
 
 
 def nothing_is_measured_without_held_out_data(recipe: Recipe) -> Iterator[Problem]:
-    """`training.eval_steps` needs held-out data: `data.eval` or `eval_fraction`."""
-    if not recipe.data.eval and not recipe.data.eval_fraction:
-        yield from _no_effect(recipe, "training", "eval_steps", "without `data.eval` or `data.eval_fraction`")
+    """`training.eval_steps` needs held-out data, `data.eval` or `eval_fraction`, or a suite that runs in training."""
+    if not recipe.data.eval and not recipe.data.eval_fraction and not recipe.evaluation.during_training:
+        yield from no_effect(recipe, "training", "eval_steps", "without `data.eval` or `data.eval_fraction`")
 
 
 def weights_are_for_training(recipe: Recipe) -> Iterator[Problem]:
     """`weight` is for the sources of `data.train`: held-out rows are measured once each."""
     for index, source in enumerate(recipe.data.eval):
-        if _given(source, "weight"):
+        if given(source, "weight"):
             what = f"`weight: {source.weight:g}` has no effect on held-out data"
             yield Problem(("data", "eval", index, "weight"), what, "Delete it")
 
@@ -252,6 +254,8 @@ RULES: tuple[Rule, ...] = (
     a_stream_has_no_end,
     a_template_is_the_format,
     the_chat_template_keeps_its_own_names,
+    *TASK_RULES,
+    *SUITE_RULES,
 )
 
 
@@ -259,27 +263,6 @@ def broken_rules(recipe: Recipe) -> Iterator[Problem]:
     """What every rule has against the recipe."""
     for rule in RULES:
         yield from rule(recipe)
-
-
-def _no_effect(recipe: Recipe, section: str, name: str, reason: str) -> Iterator[Problem]:
-    """A problem where `section.name` is given although nothing reads it."""
-    holder = getattr(recipe, section)
-    if _given(holder, name):
-        what = f"`{name}: {show(getattr(holder, name))}` has no effect {reason}"
-        yield Problem((section, name), what, "Delete one of the two")
-
-
-def _given(section: Section, name: str) -> bool:
-    return bool(_plain(section, name) != _default(section, name))
-
-
-def _plain(section: Section, name: str) -> Any:
-    return section.model_dump(by_alias=True)[name]
-
-
-def _default(section: Section, name: str) -> Any:
-    default = fields(type(section))[name].get_default(call_default_factory=True)
-    return default.model_dump(by_alias=True) if isinstance(default, Section) else default
 
 
 def _rows_of(source: Source, role: str) -> tuple[str, str | None, str]:

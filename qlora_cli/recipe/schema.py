@@ -48,14 +48,23 @@ class Model(Section):
     name_or_path: str = key(..., "the base model: a hub id or a folder", min_length=1)
     revision: Text | None = key(None, "branch, tag or commit of a hub model")
     task: Literal["causal_lm", "seq2seq_lm", "sequence_classification", "question_answering"] = key(
-        "causal_lm", "what the model is trained to do", live=("causal_lm",)
+        "causal_lm",
+        "causal_lm: the next token; seq2seq_lm: a text from a text, by an encoder and a decoder; "
+        "sequence_classification: a class, or a number, of a text or a pair; question_answering: a span of a context",
     )
     attn_implementation: Text = key(
         "auto",
         "attention kernel by its transformers name: sdpa, eager, flash_attention_2, ...; auto: transformers' choice",
     )
     trust_remote_code: bool = key(False, "run Python code that comes with the model: only for a source that you trust")
-    num_labels: int | None = key(None, "classes of sequence_classification", live=(None,), ge=1)
+    labels: list[Text] = key(
+        list, "names of the classes of sequence_classification in the order of their ids; rows hold a name or an id"
+    )
+    num_labels: int | None = key(
+        None,
+        "classes of sequence_classification whose rows hold ids from 0, without names; 1: a number is predicted",
+        ge=1,
+    )
     added_tokens: list[Text] = key(list, "tokens to add to the tokenizer and the embedding", live=([],))
 
 
@@ -135,7 +144,8 @@ class RowTemplate(Section):
     """Two Jinja strings over a row's columns, for rows of no known format."""
 
     prompt: str = key(..., "what is read: `Data: {{ mr }}\\nText:`")
-    completion: str = key(..., "what is trained: ` {{ ref }}`", min_length=1)
+    completion: str = key(..., "what is trained: ` {{ ref }}`; of sequence_classification the label", min_length=1)
+    pair: Text | None = key(None, "second text of a pair (sequence_classification)")
     chat: bool = key(False, "put them into the chat template as a user's and an assistant's turn; false: verbatim")
 
 
@@ -160,6 +170,9 @@ class Source(Section):
         "input_output",
         "question_answer",
         "summarisation",
+        "source_target",
+        "classification",
+        "squad",
         "text",
         "seed_tasks",
         "hh_rlhf",
@@ -193,6 +206,9 @@ class Data(Section):
         None, "longest prompt; with target_max_length, instead of max_length", unit="tokens", ge=1
     )
     target_max_length: int | None = key(None, "longest answer", unit="tokens", ge=1)
+    doc_stride: int = key(
+        128, "tokens that two windows of max_length share of a long context (question_answering)", unit="tokens", ge=0
+    )
     packing: Literal["auto"] | bool = key(
         "auto",
         "true: examples that cannot see each other fill rows of max_length, and these are the rows of a step; "
@@ -254,16 +270,39 @@ class Training(Section):
     deterministic: bool = key(False, "deterministic kernels only: slower, repeatable on a GPU")
 
 
+class Suite(Section):
+    """One measurement, written to eval/NAME.json."""
+
+    suite: Literal["loss", "choice", "generate", "classify", "squad", "lm_eval"] = key(..., "what is measured")
+    name: Text | None = key(None, "its name in tables and files; null: the suite's")
+    data: list[Source] = key(list, "its rows; none: the held-out rows of the recipe")
+    metrics: list[Text] = key(list, "generate, classify: metrics by name; none: those of the suite and the task")
+    pattern: Text | None = key(None, "generate: the regular expression of the metric regex")
+    delimiter: str | None = key(None, "choice: text between the question and a choice; null: by the kind of the file")
+    shots: int = key(0, "choice: solved examples before each question", unit="rows", ge=0)
+    shots_from: Text | None = key(None, "choice: file with the solved examples; null: other rows of the same file")
+    tasks: list[Text] = key(list, "lm_eval: names of its tasks, or paths of their YAML files")
+    limit: int | None = key(None, "only the first rows", unit="rows", ge=1)
+
+
 class Evaluation(Section):
     """How held-out data is measured."""
 
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = key(
-        "auto", "rows in one forward pass; auto: training.micro_batch_size", unit="rows"
+        "auto", "rows of the longest length in one forward pass; auto: training.micro_batch_size", unit="rows"
     )
     max_new_tokens: int = key(128, "longest generated answer", unit="tokens", ge=1)
-    suites: list[Text] = key(list, "suites to run in training", live=([],))
-    best_metric: str | None = key(None, "metric that picks the adapter to keep", live=(None,))
-    early_stopping_patience: int | None = key(None, "stop after so many evaluations without gain", live=(None,), ge=1)
+    num_beams: int = key(1, "beams of generated answers; 1: greedy", ge=1)
+    max_answer_length: int = key(30, "longest answer span of question_answering", unit="tokens", ge=1)
+    bootstrap_resamples: int = key(1000, "resamples of the rows behind each 95% interval; 0: no intervals", ge=0)
+    suites: list[Suite] = key(list, "what `qlora eval` measures; none: what fits the task, on the held-out rows")
+    during_training: list[Text] = key(list, "names of suites that are run every training.eval_steps too")
+    best_metric: Text | None = key(
+        None, "figure by which the best adapter is kept and training stops early, as NAME.FIGURE: loss.loss"
+    )
+    early_stopping_patience: int | None = key(
+        None, "stop after so many evaluations without a better best_metric", unit="evaluations", ge=1
+    )
 
 
 class Recipe(Section):

@@ -1,22 +1,18 @@
-"""Next-token prediction: batches, and a loss that is a sum so that batches of unequal size add up."""
+"""Next-token prediction."""
 
 from __future__ import annotations
 
 import inspect
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
-from itertools import accumulate, groupby
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
-from qlora_cli.data.packing import fill
 from qlora_cli.kernels.packed_attention import packed_arguments, unwrapped
-from qlora_cli.model.base import Base
-from qlora_cli.model.rope import rope_boundaries
+from qlora_cli.tasks.padding import mask_of, padded
 
 
 class Batch(NamedTuple):
@@ -49,16 +45,9 @@ class PackedBatch(NamedTuple):
 
 def collate(examples: Sequence[Example], device: torch.device) -> Batch:
     """The examples as one batch on `device`. Padding is masked by position, so its id does not matter: it is 0."""
-    longest = max(len(example.input_ids) for example in examples)
-    shape = (len(examples), longest)
-    input_ids = torch.zeros(shape, dtype=torch.int64)
-    attention_mask = torch.zeros(shape, dtype=torch.int64)
-    labels = torch.full(shape, IGNORE_INDEX, dtype=torch.int64)
-    for row, example in enumerate(examples):
-        length = len(example.input_ids)
-        input_ids[row, :length] = torch.tensor(example.input_ids)
-        attention_mask[row, :length] = 1
-        labels[row, :length] = torch.tensor(example.labels)
+    input_ids = padded([example.input_ids for example in examples], 0)
+    attention_mask = mask_of([example.num_tokens for example in examples])
+    labels = padded([example.labels for example in examples], IGNORE_INDEX)
     tensors = (input_ids, attention_mask, labels, _kept(labels))
     return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
 
@@ -79,26 +68,6 @@ def collate_packed(examples: Sequence[Example], device: torch.device) -> PackedB
 def _kept(labels: Tensor) -> Tensor:
     """The positions whose next token is trained in any row; found here, since a device would have to be waited for."""
     return (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
-
-
-def batches(
-    examples: Sequence[Example], lengths: Sequence[int], size: int, longest: int, packed: bool, base: Base
-) -> Iterator[Batch | PackedBatch]:
-    """The examples in forward passes, longest first, none of more tokens than `size` rows of `longest` tokens.
-
-    lengths: tokens of each example, so that none is read before its turn.
-    packed: one behind the other, in as few passes as that allows; else `size` of like length at once, padded.
-    """
-    ordered = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
-    if packed:
-        for bin in fill([lengths[row] for row in ordered], size * longest):
-            yield collate_packed([examples[ordered[at]] for at in bin], base.device)
-        return
-    boundaries = rope_boundaries(base.config)
-    for _, rows in groupby(ordered, key=lambda row: bisect_left(boundaries, lengths[row])):
-        alike = list(rows)
-        for begin in range(0, len(alike), size):
-            yield collate([examples[row] for row in alike[begin : begin + size]], base.device)
 
 
 def trained_logits(model: Any, batch: Batch | PackedBatch) -> tuple[Tensor, Tensor]:
@@ -123,8 +92,3 @@ def trained_logits(model: Any, batch: Batch | PackedBatch) -> tuple[Tensor, Tens
         return logits[0], targets[0]
     trained = targets != IGNORE_INDEX
     return logits[trained], targets[trained]
-
-
-def token_loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy in nats, summed over the tokens: logits (N, V), targets (N,) int64, returns () float32."""
-    return cross_entropy(logits.float(), targets, reduction="sum")

@@ -61,11 +61,16 @@ def test_limits_hold_and_cut_only_what_is_too_long(
     assert (cut is example) == (cut.input_ids == ids)
 
 
+def within(example: Example, limits: Limits, stops: frozenset[int], tally: Counter[str]) -> Example | None:
+    """The example within the limits, as causal_lm cuts it."""
+    return fitted(example, limits.cut(example), limits, stops, tally)
+
+
 @pytest.mark.parametrize("policy", LONG_ROWS)
 def test_what_fits_is_itself_under_every_policy(policy: str) -> None:
     tally: Counter[str] = Counter()
     example = example_of(3, 2)
-    assert fitted(example, Limits(5, on_long_row=policy), frozenset(), tally) is example
+    assert within(example, Limits(5, on_long_row=policy), frozenset(), tally) is example
     assert not +tally
 
 
@@ -73,12 +78,12 @@ def test_rows_that_do_not_fit_are_left_out_cut_or_emptied_and_counted() -> None:
     stops = frozenset({STOP})
     tally: Counter[str] = Counter()
     example = example_of(3, 4, stop=True)
-    assert fitted(example, Limits(5, on_long_row="error"), stops, tally) is None
-    assert fitted(example, Limits(5, on_long_row="skip"), stops, tally) is None
-    cut = fitted(example, Limits(5, on_long_row="truncate"), stops, tally)
+    assert within(example, Limits(5, on_long_row="error"), stops, tally) is None
+    assert within(example, Limits(5, on_long_row="skip"), stops, tally) is None
+    cut = within(example, Limits(5, on_long_row="truncate"), stops, tally)
     assert cut is not None
     assert (cut.input_ids, cut.num_trained, cut.where) == ([0, 1, 2, 3, 4], 2, "a:1")
-    assert fitted(example, Limits(3, on_long_row="truncate"), stops, tally) is None
+    assert within(example, Limits(3, on_long_row="truncate"), stops, tally) is None
     assert dict(+tally) == {
         "num_skipped": 1,
         "num_truncated": 1,
@@ -94,4 +99,17 @@ def test_stops_count_where_they_are_trained() -> None:
 
 
 def test_lengths_in_words() -> None:
-    assert length_in_words(example_of(1200, 1)) == "1,201 tokens (1,200 before the answer)"
+    assert length_in_words(1201, 1200, "causal_lm") == "1,201 tokens (1,200 before the answer)"
+    assert length_in_words(12, 1, "seq2seq_lm") == "12 tokens (1 of the source)"
+    assert length_in_words(1, 1, "sequence_classification") == "1 token"
+
+
+def test_the_limits_of_a_source_and_a_target_are_told_by_the_keys_that_were_set() -> None:
+    rows = [{"path": "x"}]
+    both = Limits.of(Data(train=rows, max_length=40), "seq2seq_lm")
+    assert (both.source_max_length, both.target_max_length, both.longest, both.most_positions) == (40, 40, 80, 40)
+    assert str(both) == "data.max_length is 40, for the source and for the target"
+    apart = Limits.of(Data(train=rows, source_max_length=9, target_max_length=5), "seq2seq_lm")
+    assert (apart.max_length, apart.longest, apart.most_positions) == (None, 14, 9)
+    assert str(apart) == "data.source_max_length is 9 and target_max_length 5"
+    assert Limits.of(Data(train=rows, source_max_length=9, target_max_length=5)).most_positions == 14

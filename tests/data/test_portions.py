@@ -69,7 +69,7 @@ def test_the_format_is_the_recipes_or_that_of_the_first_row(tmp_path: Path) -> N
     assert (portion.task.format, portion.task.auto, len(portion.unread)) == ("text", True, 1)
     (portion,) = portions_of(path, format="alpaca")
     assert (portion.task.format, portion.task.auto, len(portion.task.rows)) == ("alpaca", False, 3)
-    template = {"prompt": "a", "completion": "b", "chat": False}
+    template = {"prompt": "a", "completion": "b", "pair": None, "chat": False}
     (portion,) = portions_of(path, template=template)
     assert (portion.task.format, portion.task.auto, portion.task.template) == ("template", False, template)
 

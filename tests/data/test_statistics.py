@@ -88,9 +88,9 @@ def test_the_padding_is_that_of_the_tensors():
     import torch
     from transformers import LlamaConfig
 
-    from qlora_cli.tasks.causal_lm import batches
+    from qlora_cli.tasks.table import batches
 
-    base: Any = SimpleNamespace(config=LlamaConfig(), device=torch.device("cpu"))
+    base: Any = SimpleNamespace(config=LlamaConfig(), device=torch.device("cpu"), task="causal_lm")
     examples = examples_of(drawn(50))
     order = order_for(examples, 12)
     cells = tokens = 0

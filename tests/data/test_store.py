@@ -21,6 +21,7 @@ from qlora_cli.data.store import (
     INDEX,
     ROWS,
     TOKENS,
+    Entry,
     StoredRows,
     Writer,
     part_from_json,
@@ -33,15 +34,15 @@ from qlora_cli.errors import Exit, UserError
 
 PARTS = (DataFile("a.jsonl"), DataFile("b.parquet"), HubData("owner/corpus", None, "train"))
 IDS = array("I", [5, 6 | TRAINED, 7, 8, 9 | TRAINED, 1 | TRAINED])
-TABLE = [(2, 1, 0, 7), (1, 0, 1, 3), (3, 2, 2, 1)]
+TABLE = [Entry(2, 1, 0, 7), Entry(1, 0, 1, 3, 0, (2.0, 0.1)), Entry(3, 2, 2, 1, 2, (-3.5,))]
 EXAMPLES = [
     Example([5, 6], [IGNORE_INDEX, 6], "a.jsonl:7"),
-    Example([7], [IGNORE_INDEX], "b.parquet:row 3"),
-    Example([8, 9, 1], [IGNORE_INDEX, 9, 1], "owner/corpus[train]:row 1"),
+    Example([7], [IGNORE_INDEX], "b.parquet:row 3", (2.0, 0.1)),
+    Example([8, 9, 1], [IGNORE_INDEX, 9, 1], "owner/corpus[train]:row 1", (-3.5,), 2),
 ]
 
 
-def write(folder: Path, *portions: tuple[array[int], list[tuple[int, int, int, int]]], **index: Any) -> dict[str, Any]:
+def write(folder: Path, *portions: tuple[array[int], list[Entry]], **index: Any) -> dict[str, Any]:
     with Writer(folder) as writer:
         for portion in portions:
             writer.add(*portion)
@@ -71,7 +72,7 @@ def test_a_folder_without_examples_is_whole(tmp_path: Path) -> None:
 
 
 def test_ids_of_any_vocabulary_come_back(tmp_path: Path) -> None:
-    write(tmp_path / "a", (array("I", [TRAINED - 1, (TRAINED - 1) | TRAINED]), [(2, 1, 0, 1)]))
+    write(tmp_path / "a", (array("I", [TRAINED - 1, (TRAINED - 1) | TRAINED]), [Entry(2, 1, 0, 1)]))
     (row,) = StoredRows(tmp_path / "a", 1, 2, PARTS)
     assert (row.input_ids, row.labels) == ([TRAINED - 1] * 2, [IGNORE_INDEX, TRAINED - 1])
 
@@ -86,20 +87,23 @@ def test_the_digest_is_of_the_examples_not_of_how_they_came(
     digests = []
     for number, groups in enumerate(([examples], [examples[:cut], examples[cut:]], [[one] for one in examples])):
         portions = [
-            (array("I", [token for ids in group for token in ids]), [(len(ids), 1, 0, number) for ids in group])
+            (array("I", [token for ids in group for token in ids]), [Entry(len(ids), 1, 0, number) for ids in group])
             for group in groups
         ]
         digests.append(write(folder / str(number), *portions)["digest"])
     assert len({*digests}) == 1
 
 
-def test_the_digest_changes_with_ids_labels_lengths_and_order(tmp_path: Path) -> None:
+def test_the_digest_changes_with_ids_labels_targets_segments_lengths_and_order(tmp_path: Path) -> None:
     variants = [
         (IDS, TABLE),
         (array("I", [5, 6 | TRAINED, 7, 8, 9 | TRAINED, 1]), TABLE),
         (array("I", [4, *IDS[1:]]), TABLE),
-        (IDS, [(1, 1, 0, 7), (2, 0, 1, 3), (3, 2, 2, 1)]),
-        (array("I", [*IDS[3:], *IDS[:3]]), [(3, 2, 2, 1), (2, 1, 0, 7), (1, 0, 1, 3)]),
+        (IDS, [Entry(1, 1, 0, 7), TABLE[1]._replace(num_tokens=2), TABLE[2]]),
+        (array("I", [*IDS[3:], *IDS[:3]]), [TABLE[2], TABLE[0], TABLE[1]]),
+        (IDS, [TABLE[0], TABLE[1]._replace(targets=(2.0, 0.2)), TABLE[2]]),
+        (IDS, [TABLE[0], TABLE[1]._replace(targets=(2.0,)), TABLE[2]]),
+        (IDS, [TABLE[0], TABLE[1], TABLE[2]._replace(segment=1)]),
     ]
     digests = {write(tmp_path / str(number), variant)["digest"] for number, variant in enumerate(variants)}
     assert len(digests) == len(variants)

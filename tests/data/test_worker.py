@@ -52,7 +52,7 @@ def test_characters_that_the_tokenizer_cannot_write_are_counted_by_rows() -> Non
 def test_bad_rows_stand_beside_the_others_once_each_in_order() -> None:
     result = prepared([numbered(0), {"question": 1, "answer": "a"}, numbered(2), {"question": "<s>", "answer": "a"}])
     assert [(index, where) for index, where, _, _ in result.bad] == [(1, "a:2"), (3, "a:4")]
-    assert [index for index, _, _ in result.examples] == [0, 2]
+    assert [index for index, *_ in result.examples] == [0, 2]
     assert all(what and todo for _, _, what, todo in result.bad)
 
 
@@ -65,7 +65,7 @@ def test_long_rows_are_the_first_and_the_longest() -> None:
     assert most[1] > first[1] > 30
     assert first[2] == most[2]
     assert result.tally["num_too_long"] == 3
-    assert [index for index, _, _ in result.examples] == [0]
+    assert [index for index, *_ in result.examples] == [0]
 
 
 def test_a_sources_template_is_read_with_all_columns() -> None:
@@ -221,13 +221,13 @@ def test_every_row_is_an_example_or_a_reason(
     result = prepare(task, job, chat)
     json.dumps([result.bad, result.tally, result.long, result.lost])
     bad = {index for index, *_ in result.bad}
-    kept = {index for index, _, _ in result.examples}
+    kept = {index for index, *_ in result.examples}
     assert len(bad) == len(result.bad)
     assert not bad & kept
     left_out = result.tally["num_skipped"] + result.tally["num_emptied"] + result.tally["num_too_long"]
     assert len(bad | kept) >= len(values) - left_out
-    assert sum(tokens for _, tokens, _ in result.examples) == len(result.ids)
-    assert all(0 < trained <= tokens <= length for _, tokens, trained in result.examples)
+    assert sum(tokens for _, tokens, *_ in result.examples) == len(result.ids)
+    assert all(0 < trained <= tokens <= length for _, tokens, trained, *_ in result.examples)
     for index, where, what, todo in result.bad:
         assert where.startswith(f"a:{index + 1}")
         assert 0 < len(what) < MOST_WORDS + 50
@@ -240,5 +240,5 @@ def test_a_row_that_is_rendered_to_nothing_is_refused() -> None:
     rows = [{"question": "", "answer": ""}, {"question": "a", "answer": "b"}]
     result = prepared(rows, replace(JOB, settings=chat.settings), chat)
     assert [(index, what.partition(":")[0]) for index, _, what, _ in result.bad] == [(0, "nothing to train")]
-    assert [index for index, _, _ in result.examples] == [1]
+    assert [index for index, *_ in result.examples] == [1]
     assert Example([], [], "a").num_trained == 0

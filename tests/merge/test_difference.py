@@ -72,3 +72,11 @@ def test_the_model_is_left_in_its_mode():
     model = llama().train()
     logits_of(model, ROWS[:1], 1)
     assert model.training
+
+
+def test_logits_of_another_forward_are_spread_over_its_positions():
+    model = torch.nn.Linear(2, 3)
+    rows = [torch.randn(5, 2), torch.randn(1, 2)]
+    found = logits_of(model, rows, 6, lambda model, row: model(row))
+    assert [tuple(one.shape) for one in found] == [(3, 3), (1, 3)]
+    assert torch.equal(found[0], model(rows[0])[[0, 2, 4]].detach())

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.adapter import attach_adapter
-from qlora_cli.model.base import check_share_quantized, compute_dtype_for, fingerprint, load_base
+from qlora_cli.model.base import compute_dtype_for, fingerprint, load_base
+from qlora_cli.model.checks import check_share_quantized
 from qlora_cli.quant.layers import quantized_modules
 from tests.tiny import write_tiny_model
 
@@ -251,11 +252,11 @@ def test_weights_that_would_stay_random_are_refused(make_recipe, tiny_model, tmp
     check_refused(make_recipe, folder, r"1 weights would be random, not pretrained: model\.layers\.1\.mlp\.up_proj")
 
 
-def test_an_encoder_decoder_is_not_available_yet(make_recipe, tiny_model, tmp_path):
+def test_an_encoder_decoder_is_no_causal_language_model(make_recipe, tiny_model, tmp_path):
     folder = broken_copy(tiny_model, tmp_path)
     config = json.loads((folder / "config.json").read_text()) | {"is_encoder_decoder": True}
     (folder / "config.json").write_text(json.dumps(config))
-    check_refused(make_recipe, folder, "an encoder-decoder model, which is not available yet")
+    check_refused(make_recipe, folder, "which cannot do causal_lm")
 
 
 def test_a_tokenizer_beyond_the_embedding_is_refused(make_recipe, tmp_path):

@@ -17,12 +17,11 @@ from qlora_cli.model.base import Base, load_base
 from qlora_cli.tasks.causal_lm import (
     Batch,
     PackedBatch,
-    batches,
     collate,
     collate_packed,
-    token_loss_sum,
     trained_logits,
 )
+from qlora_cli.tasks.table import batches, loss_sum
 from tests.kernels.tiny_models import MODELS, VOCAB, tiny
 
 CPU = torch.device("cpu")
@@ -37,7 +36,7 @@ ROWS = [
 
 def loss_and_gradients(model: Any, batch: Batch | PackedBatch) -> tuple[Tensor, list[Tensor]]:
     logits, targets = trained_logits(model, batch)
-    loss = token_loss_sum(logits, targets) / len(targets)
+    loss = loss_sum(logits, targets) / len(targets)
     return loss.detach(), list(torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad]))
 
 
@@ -116,12 +115,12 @@ def test_rows_on_two_sides_of_a_longrope_boundary_share_no_batch():
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 10}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
     model = tiny("phi3", rope_parameters=rope, original_max_position_embeddings=10)
-    base: Any = SimpleNamespace(config=model.config, device=CPU)
+    base: Any = SimpleNamespace(config=model.config, device=CPU, task="causal_lm")
     lengths = [row.num_tokens for row in ROWS]
 
     def losses(batch: Batch | PackedBatch) -> float:
         with torch.no_grad():
-            return token_loss_sum(*trained_logits(model, batch)).item()
+            return loss_sum(*trained_logits(model, batch)).item()
 
     alone = sum(losses(collate([row], CPU)) for row in ROWS)
     found = [*batches(ROWS, lengths, 4, max(lengths), False, base)]

@@ -164,12 +164,13 @@ def test_the_random_state_comes_back():
 
 
 def test_trained_logits_sees_no_padding(trained_once):
-    from qlora_cli.tasks.causal_lm import token_loss_sum, trained_logits
+    from qlora_cli.tasks.causal_lm import trained_logits
+    from qlora_cli.tasks.table import loss_sum
 
     base, model, rows = trained_once
     with torch.no_grad():
-        alone = [token_loss_sum(*trained_logits(model, collate([row], base.device))).item() for row in rows]
-        together = token_loss_sum(*trained_logits(model, collate(rows, base.device))).item()
+        alone = [loss_sum(*trained_logits(model, collate([row], base.device))).item() for row in rows]
+        together = loss_sum(*trained_logits(model, collate(rows, base.device))).item()
     assert together == pytest.approx(sum(alone), rel=1e-6)
 
 

@@ -1,0 +1,94 @@
+"""What the section `evaluation` asks for, as rules of `rules.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from qlora_cli.recipe.located_yaml import show
+from qlora_cli.recipe.problems import Problem
+from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.values import given, no_effect
+
+TASKS_OF = {
+    "loss": ("causal_lm", "seq2seq_lm", "sequence_classification", "question_answering"),
+    "choice": ("causal_lm",),
+    "generate": ("causal_lm", "seq2seq_lm"),
+    "classify": ("sequence_classification",),
+    "squad": ("question_answering",),
+    "lm_eval": ("causal_lm",),
+}
+"""The tasks that each suite can measure."""
+
+KEYS_OF = {
+    "metrics": ("generate", "classify"),
+    "pattern": ("generate",),
+    "delimiter": ("choice",),
+    "shots": ("choice",),
+    "shots_from": ("choice",),
+    "tasks": ("lm_eval",),
+    "data": ("loss", "choice", "generate", "classify", "squad"),
+}
+"""The suites that read a key."""
+
+
+def a_suite_can_measure_the_task(recipe: Recipe) -> Iterator[Problem]:
+    """`evaluation.suites` are for the recipe's task; each has its own name."""
+    seen: set[str] = set()
+    for index, suite in enumerate(recipe.evaluation.suites):
+        place = ("evaluation", "suites", index)
+        task = recipe.model.task
+        if task not in TASKS_OF[suite.suite]:
+            known = ", ".join(kind for kind, tasks in TASKS_OF.items() if task in tasks)
+            what = f"`suite: {suite.suite}` cannot measure `task: {task}`"
+            yield Problem((*place, "suite"), what, f"Choose from {known}")
+        name = suite.name or suite.suite
+        if name in seen:
+            yield Problem(
+                (*place, "name" if suite.name else "suite"), f"two suites are named {show(name)}", "Set `name`"
+            )
+        if suite.name is not None and not suite.name.replace("-", "").replace("_", "").isalnum():
+            what = f"`name: {show(suite.name)}` is no name of a file"
+            yield Problem((*place, "name"), what, "Use letters, digits, - and _")
+        seen.add(name)
+
+
+def a_key_of_a_suite_is_read(recipe: Recipe) -> Iterator[Problem]:
+    """A key of a suite is one that it reads: `metrics` of generate and classify, `shots` of choice, `tasks` of lm_eval;
+    `pattern` goes with the metric regex, `shots_from` with `shots`; choice needs `data`, lm_eval `tasks`."""
+    for index, suite in enumerate(recipe.evaluation.suites):
+        place = ("evaluation", "suites", index)
+        for name, kinds in KEYS_OF.items():
+            if given(suite, name) and suite.suite not in kinds:
+                yield Problem((*place, name), f"`{name}` has no effect on `suite: {suite.suite}`", "Delete it")
+        if suite.suite == "choice" and not suite.data:
+            yield Problem((*place, "suite"), "`suite: choice` without `data`", "Name its files: data: [{path: ...}]")
+        if suite.suite == "lm_eval" and not suite.tasks:
+            yield Problem((*place, "suite"), "`suite: lm_eval` without `tasks`", "Name them: tasks: [arc_easy]")
+        if ("regex" in suite.metrics) != (suite.pattern is not None):
+            todo = "Set both, or neither"
+            yield Problem((*place, "metrics"), "the metric `regex` and `pattern` go together", todo)
+        if suite.shots_from is not None and not suite.shots:
+            yield Problem((*place, "shots_from"), "`shots_from` has no effect with `shots: 0`", "Set `shots`")
+
+
+def what_is_run_in_training_exists(recipe: Recipe) -> Iterator[Problem]:
+    """`evaluation.during_training` names suites; `best_metric` needs something that is measured in training, and
+    `early_stopping_patience` needs `best_metric`."""
+    evaluation = recipe.evaluation
+    names = [suite.name or suite.suite for suite in evaluation.suites]
+    if evaluation.suites:
+        for index, name in enumerate(evaluation.during_training):
+            if name not in names:
+                what = f"{show(name)} is no suite"
+                yield Problem(("evaluation", "during_training", index), what, f"Choose from {', '.join(names)}")
+    held_out = recipe.data.eval or recipe.data.eval_fraction
+    if evaluation.best_metric is not None and not held_out and not evaluation.during_training:
+        todo = "Hold rows out (`data.eval`), or name suites in `during_training`"
+        what = f"`best_metric: {evaluation.best_metric}`, and nothing is measured in training"
+        yield Problem(("evaluation", "best_metric"), what, todo)
+    if evaluation.best_metric is None:
+        reason = "without `best_metric`"
+        yield from no_effect(recipe, "evaluation", "early_stopping_patience", reason)
+
+
+SUITE_RULES = (a_suite_can_measure_the_task, a_key_of_a_suite_is_read, what_is_run_in_training_exists)

@@ -1,0 +1,23 @@
+"""Rows of unequal length as one tensor, padded on the right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """(B, T) int64: the rows with `value` behind them, T the longest row's length."""
+    longest = max(map(len, rows))
+    tensor = torch.full((len(rows), longest), value, dtype=torch.int64)
+    for index, row in enumerate(rows):
+        tensor[index, : len(row)] = torch.tensor(row, dtype=torch.int64)
+    return tensor
+
+
+def mask_of(lengths: Sequence[int]) -> Tensor:
+    """(B, T) int64: 1 where a row of this length has a token."""
+    at = torch.arange(max(lengths))
+    return (at < torch.tensor(lengths).unsqueeze(1)).long()
