@@ -207,25 +207,33 @@ def evaluate(
     target: Annotated[Path, typer.Argument(metavar="RUN|RECIPE", help="A run folder, or a recipe.")],
     overrides: Overrides = None,
     adapter: Annotated[Path | None, typer.Option(help="Another adapter folder than the run's.")] = None,
+    suite: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="Only this suite of the recipe. May be repeated.")
+    ] = None,
     baseline: Annotated[bool, typer.Option("--baseline", help="Measure what training began with beside it.")] = False,
-    limit: Annotated[int | None, typer.Option(help="Only the first held-out rows.", min=1)] = None,
+    merged: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Measure this merged model too.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows of each suite.", min=1)] = None,
+    again: Annotated[bool, typer.Option("--again", help="Replace answers of other models or rows.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure loss, perplexity, token accuracy and exact match on held-out data.
+    """Measure models side by side: the recipe's suites, or what fits its task on the held-out rows.
 
     Example: qlora eval runs/quickstart --baseline
     """
     with problems_as_json(as_json):
         checked = recipe_of(target, overrides)
         quiet_libraries(checked)
-        from qlora_cli import commands, display
+        from qlora_cli import commands, display_evaluation
+        from qlora_cli.display import make_report
 
-        report = display.make_report()
-        result = commands.evaluate(checked, report, adapter=adapter, baseline=baseline, limit=limit)
+        wanted = commands.Wanted(adapter, baseline, merged, suite or (), limit, again)
+        result = commands.evaluate(checked, make_report(), wanted)
     if as_json:
         print_json(result)
     else:
-        display.print_evaluation(result)
+        display_evaluation.print_evaluation(result)
 
 
 @app.command()

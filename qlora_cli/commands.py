@@ -3,42 +3,51 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.evaluate.generate import Answer, exact_match, generate_answers, prompt_and_reference
-from qlora_cli.evaluate.loss import held_out_loss
-from qlora_cli.merge.difference import compare, logits_of
+from qlora_cli.evaluation import Wanted, evaluate, refuse_damaged, say_if_another_base
+from qlora_cli.merge.difference import Forward, compare, logits_of, next_tokens
 from qlora_cli.merge.merge import merge_adapter
 from qlora_cli.model.adapter import load_adapter
-from qlora_cli.model.base import AUTO_CLASSES, Base, default_device, find_base, fingerprint, load_base, quiet_loading
+from qlora_cli.model.base import Base, default_device, find_base, fingerprint, load_base, quiet_loading
+from qlora_cli.model.heads import auto_class
+from qlora_cli.model.layout import Made
 from qlora_cli.model.owner import start_of
 from qlora_cli.model.prequantized import method_of, refuse_merge
 from qlora_cli.model.source import read_config
 from qlora_cli.model.start import changes_base
 from qlora_cli.model.stored_base import Making
-from qlora_cli.model.whole_folder import MANIFEST, fault
 from qlora_cli.plan.inspect import inspect
 from qlora_cli.plan.preview import PAGE_ROWS, bad_rows, preview
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
+from qlora_cli.tasks.table import TASKS
 from qlora_cli.train import loop
 from qlora_cli.train.base import calibration_rows, quantize_base, recipe_of_base
-from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_seen
+from qlora_cli.train.reading import encode_role
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, check_resume, claim, date_of, locked, read_facts, replace_text
-from qlora_cli.train.session import say_base
 from qlora_cli.train.signals import Interrupted
 
-__all__ = ["PAGE_ROWS", "Interrupted", "bad_rows", "evaluate", "inspect", "merge", "preview", "quantize", "train"]
+__all__ = [
+    "PAGE_ROWS",
+    "Interrupted",
+    "Wanted",
+    "bad_rows",
+    "evaluate",
+    "inspect",
+    "merge",
+    "preview",
+    "quantize",
+    "train",
+]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Data types that a merged model can be written in."""
@@ -68,67 +77,6 @@ def train(
         return loop.train(recipe, run, report, pause_at, resume)
 
 
-def evaluate(
-    recipe: Recipe, report: Report, *, adapter: Path | None, baseline: bool, limit: int | None
-) -> dict[str, Any]:
-    """Held-out loss, perplexity, token accuracy and exact match of the adapter, and with `baseline` of the base.
-
-    Where the adapter's start changed the base, the baseline is that start: what training began with.
-
-    adapter: its folder, the run's own where None; with `baseline` a run without one measures the base alone.
-    """
-    recipe = with_whole_paths(recipe)
-    run = Run(Path(recipe.output_dir))
-    may_be_absent = baseline and adapter is None
-    adapter = adapter or run.adapter
-    if not adapter.exists() and not may_be_absent:
-        raise UserError(adapter, "no adapter there", "run `qlora train`, or measure the base alone with --baseline")
-    refuse_damaged(adapter)
-    if not has_held_out(recipe):
-        raise UserError(
-            "data.eval",
-            "no held-out data",
-            "name rows that are not trained on: --set 'data.eval=[{path: heldout.jsonl}]'",
-        )
-    on_base = recipe_of_base(recipe, run)
-    found = find_base(on_base)
-    examples = encode_role(recipe, found, "eval", report, date_of(run))
-    refuse_seen(recipe, run_of(adapter) or run, examples)
-    refuse_beyond_context(found, examples)
-    base = load_base(on_base, default_device(), found)
-    say_base(report, on_base, base)
-    say_if_another_base(run, base, report)
-    rows = list(islice(examples.rows, limit))
-    models: dict[str, Any] = {}
-    answers: dict[str, list[Answer]] = {}
-    if baseline:
-        with before_training(base) as (name, model):
-            models[name], answers[name] = measure(recipe, base, model, rows, report, name)
-    if adapter.exists():
-        model = load_adapter(base, adapter)
-        models["adapter"], answers["adapter"] = measure(recipe, base, model, rows, report, "adapter")
-    tokens = sum(row.num_trained for row in rows)
-    return {"rows": len(rows), "tokens": tokens, "models": models, "samples": samples(answers)}
-
-
-@contextmanager
-def before_training(base: Base) -> Iterator[tuple[str, Any]]:
-    """What training began with, by name: the base, or the start, which is one with an adapter on it that changed it."""
-    start = start_of(base.folder)
-    if start is None:
-        yield "base", base.model
-        return
-    model = load_adapter(base, start)
-    yield "start", model
-    model.unload()  # which gives the base its own layers back
-
-
-def run_of(adapter: Path) -> Run | None:
-    """The run that an adapter's folder or checkpoint lies in, if it lies in one."""
-    runs = (Run(folder) for folder in adapter.absolute().parents[:2])
-    return next((run for run in runs if run.facts.exists()), None)
-
-
 def quantize(recipe: Recipe, report: Report, out: Path) -> dict[str, Any]:
     """Stores the recipe's base quantised in the new folder `out`, with the adapter's start where that changes it."""
     recipe = with_whole_paths(recipe)
@@ -156,44 +104,6 @@ def has_held_out(recipe: Recipe) -> bool:
     return bool(recipe.data.eval or recipe.data.eval_fraction)
 
 
-def measure(
-    recipe: Recipe, base: Base, model: Any, rows: Sequence[Any], report: Report, name: str
-) -> tuple[dict[str, Any], list[Answer]]:
-    """The figures of one model on the held-out rows, and its answers where the rows have prompts."""
-    size = recipe.evaluation.batch_size
-    batch_size = recipe.training.micro_batch_size if size == "auto" else size
-    found = held_out_loss(base, model, rows, batch_size)
-    loss = {"loss": found.loss, "perplexity": found.perplexity, "token_accuracy": found.token_accuracy}
-    asked = [row for row in rows if prompt_and_reference(row) is not None]
-    if not asked:
-        return loss, []
-    report.say(f"{name:<8} generating {len(asked)} answers")
-    answers = generate_answers(base, model, asked, batch_size, recipe.evaluation.max_new_tokens)
-    return {**loss, "exact_match": exact_match(answers)}, answers
-
-
-def samples(answers: dict[str, list[Answer]], count: int = 2) -> list[dict[str, str]]:
-    """The first prompts with the answer of each model."""
-    first = next(iter(answers.values()))[:count]
-    return [
-        {
-            "prompt": one.prompt,
-            "expected": one.expected,
-            **{name: given[i].generated for name, given in answers.items()},
-        }
-        for i, one in enumerate(first)
-    ]
-
-
-def say_if_another_base(run: Run, base: Base, report: Report) -> bool:
-    """Tells where the base in memory is not the one that the run was trained on; returns whether it is."""
-    facts = read_facts(run)
-    same = facts is None or facts["fingerprints"]["base"] == fingerprint(base.model)
-    if not same:
-        report.say("note     the base differs from the one trained on: weights, config, data type, device or library")
-    return same
-
-
 @dataclass(frozen=True)
 class Unmerged:
     """What stays of the unmerged model once it has left the memory."""
@@ -203,7 +113,9 @@ class Unmerged:
     device: torch.device
     same_base: bool  # as the run was trained on
     stored: bool  # in `folder` as it was trained on, not to be quantised again
-    rows: list[list[int]]
+    made: Made | None  # of another class than config.json says
+    rows: list[Any]
+    forward: Forward
     logits: list[torch.Tensor]
 
 
@@ -239,11 +151,12 @@ def merge(
         dtype=chosen,
         quantized_modules=() if unmerged.stored else facts["base"]["quantized_modules"],
         device=unmerged.device,
+        made=unmerged.made,
     )
     report.say(f"merged   {merged.num_changed} of {merged.num_tensors} tensors in {merged.seconds:.1f} s; comparing")
     with quiet_loading():
         model = load_folder(recipe, out, chosen, roomy_device(unmerged.device, merged.num_bytes))
-    difference = compare(unmerged.logits, logits_of(model, unmerged.rows, MEASURED_POSITIONS))
+    difference = compare(unmerged.logits, logits_of(model, unmerged.rows, MEASURED_POSITIONS, unmerged.forward))
     result = {
         "out": str(out),
         "adapter": str(run.adapter),
@@ -265,12 +178,6 @@ def refuse_original(folder: Path, onto: str) -> None:
         raise UserError("--base original", what, "leave the option out", Exit.REFUSED)
 
 
-def refuse_damaged(adapter: Path) -> None:
-    """Refuses an adapter folder whose files are not those that its manifest signs; another tool's has no manifest."""
-    if (adapter / MANIFEST).exists() and (reason := fault(adapter)):
-        raise UserError(adapter, reason, "train again, or take the adapter out of the newest checkpoint")
-
-
 def refuse_overwriting(out: Path) -> None:
     """Refuses a folder with something in it before anything is loaded."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -285,13 +192,30 @@ def measure_unmerged(recipe: Recipe, run: Run, report: Report, onto: str) -> Unm
     refuse_merge(read_config(found.folder), found.folder)
     examples = encode_role(recipe, found, "eval" if has_held_out(recipe) else "train", report, date_of(run))
     base = load_base(on_base, default_device(), found)
-    same_base = say_if_another_base(run, base, report)
-    rows = [row.input_ids for row in examples.rows[:16]]
+    same_base = say_if_another_base(run, fingerprint(base.model), report)
+    made, rows, forward = compared(base, examples.rows[:16])
     model = load_adapter(base, run.adapter)
     with base.compute():
-        logits = logits_of(model, rows, MEASURED_POSITIONS)
+        logits = logits_of(model, rows, MEASURED_POSITIONS, forward)
     stored = on_base is not recipe or method_of(read_config(base.folder)) is not None
-    return Unmerged(base.folder, base.compute_dtype, base.device, same_base, stored, rows, logits)
+    how = (base.compute_dtype, base.device, same_base, stored)
+    return Unmerged(base.folder, *how, made, rows, forward, logits)
+
+
+def compared(base: Base, examples: Sequence[Any]) -> tuple[Made | None, list[Any], Forward]:
+    """What a merged model is made for, and its rows with the logits by which it is compared.
+
+    Of a causal language model these are of every token of a row; of others of what is trained.
+    """
+    if base.task == "causal_lm":
+        return None, [row.input_ids for row in examples], next_tokens
+    task = TASKS[base.task]
+
+    def forward(model: Any, batch: Any) -> torch.Tensor:
+        tensors = (None if tensor is None else tensor.to(model.device) for tensor in batch)
+        return task.outputs(model, type(batch)(*tensors))[0]
+
+    return Made(base.task, base.config), [task.collate([row], base) for row in examples], forward
 
 
 def roomy_device(device: torch.device, num_bytes: int) -> torch.device:
@@ -303,7 +227,5 @@ def roomy_device(device: torch.device, num_bytes: int) -> torch.device:
 
 def load_folder(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """A merged folder as anybody loads it."""
-    import transformers
-
-    auto = getattr(transformers, AUTO_CLASSES[recipe.model.task])
+    auto = auto_class(recipe.model.task)
     return auto.from_pretrained(folder, dtype=dtype, device_map={"": device}, local_files_only=True)

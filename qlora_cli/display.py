@@ -56,6 +56,9 @@ class QuietReport:
     def begin(self, step: int, total_steps: int) -> None:
         pass
 
+    def measure(self, name: str, num_rows: int) -> None:
+        pass
+
     def advance(self, step: int) -> None:
         pass
 
@@ -84,6 +87,9 @@ class PlainReport(QuietReport):
         self.total_steps = total_steps
         self.say(f"train    from step {step} to {total_steps}")
 
+    def measure(self, name: str, num_rows: int) -> None:
+        self.say(f"eval     {name}: {count(num_rows, 'row')}")
+
     def metrics(self, values: dict[str, Any]) -> None:
         self.say(metrics_line(values, self.total_steps))
 
@@ -95,7 +101,10 @@ class LiveReport(QuietReport):
         self.console = Console(stderr=True, highlight=False)
         self.total_steps = 0
         self.status = self.console.status("")
-        self.bar = Progress(
+        self.bar = self.new_bar()
+
+    def new_bar(self) -> Progress:
+        return Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
@@ -116,6 +125,11 @@ class LiveReport(QuietReport):
     def begin(self, step: int, total_steps: int) -> None:
         self.total_steps = total_steps
         self.task = self.bar.add_task("train", total=total_steps, completed=step)
+        self.bar.start()
+
+    def measure(self, name: str, num_rows: int) -> None:
+        self.bar = self.new_bar()
+        self.task = self.bar.add_task(f"eval {name}", total=num_rows)
         self.bar.start()
 
     def advance(self, step: int) -> None:
@@ -142,37 +156,20 @@ def metrics_line(values: dict[str, Any], total_steps: int) -> str:
     step = f"step {values['step']:>{len(str(total_steps))}}/{total_steps}"
     if "loss" in values:
         return f"{step}  {figures(values)}  grad {values['grad_norm']:.3f}"
-    return (
-        f"{step}  held-out loss {values['eval_loss']:.4f}  perplexity {values['eval_perplexity']:.4g}  "
-        f"token accuracy {values['eval_token_accuracy']:.1%}"
-    )
+    found = {name: value for name, value in values.items() if name not in ("step", "eval_rows")}
+    told = [f"{LABELS.get(name, name)} {value:{form_of(name)}}" for name, value in found.items()]
+    return f"{step}  " + "  ".join(told)
 
 
-def print_evaluation(result: dict[str, Any]) -> None:
-    """The table of an evaluation, one column per model, and a sample answer."""
-    console = Console(highlight=False)
-    table = Table(title=f"held-out: {result['rows']:,} rows, {result['tokens']:,} trained tokens", title_justify="left")
-    table.add_column("")
-    for name in result["models"]:
-        table.add_column(name, justify="right")
-    for label, key, form in METRICS:
-        if all(key in model for model in result["models"].values()):
-            table.add_row(label, *(format(model[key], form) for model in result["models"].values()))
-    console.print(table)
-    for sample in result["samples"]:
-        console.print(f"prompt    {escape(sample['prompt'])}", soft_wrap=True)
-        console.print(f"expected  {escape(sample['expected'])}", soft_wrap=True)
-        for name in result["models"]:
-            console.print(f"{name:<9} {escape(sample[name])}", soft_wrap=True)
+LABELS = {"eval_loss": "held-out loss", "eval_perplexity": "perplexity", "eval_token_accuracy": "token accuracy"}
+"""What figures of an evaluation in training are called."""
 
 
-METRICS = (
-    ("loss (nats per token)", "loss", ".4f"),
-    ("perplexity", "perplexity", ".4g"),
-    ("token accuracy", "token_accuracy", ".1%"),
-    ("exact match", "exact_match", ".1%"),
-)
-"""Rows of the evaluation table: label, key, format."""
+def form_of(name: str) -> str:
+    """The format of a figure of an evaluation in training."""
+    if name.endswith("accuracy"):
+        return ".1%"
+    return ".4g" if name.endswith("perplexity") else ".4f"
 
 
 def print_merge(result: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def row(name: str, result: dict[str, Any], seconds: float) -> str:
     """A line of the table."""
     before, after = result["models"]["base"], result["models"]["adapter"]
     return (
-        f"| {name} | {result['rows']} | {before['perplexity']:.2f} | {after['perplexity']:.2f} "
+        f"| {name} | {result['suites'][0]['rows']} | {before['perplexity']:.2f} | {after['perplexity']:.2f} "
         f"| {before['token_accuracy']:.1%} | {after['token_accuracy']:.1%} | {seconds:.0f} |"
     )
 

@@ -151,7 +151,7 @@ class Study:
         found: dict[str, Any] = {"before": {}, "after": {}}
         for part in ("tune", "test"):
             on = self.recipe(folder, rate, seed, part)
-            measured = commands.evaluate(on, QuietReport(), adapter=None, baseline=True, limit=None)["models"]
+            measured = commands.evaluate(on, QuietReport(), commands.Wanted(baseline=True, again=True))["models"]
             before = measured.get("start") or measured["base"]
             found["before"][part], found["after"][part] = before["loss"], measured["adapter"]["loss"]
         return found
@@ -164,10 +164,9 @@ class Study:
         commands.quantize(recipe, QuietReport(), folder)
         started = on_stored_base(recipe, folder)
         started = started.model_copy(update={"adapter": Adapter()})
-        measured = commands.evaluate(
-            started, QuietReport(), adapter=start_folder(folder, recipe.adapter), baseline=False, limit=None
-        )
-        return float(measured["models"]["adapter"]["loss"])
+        wanted = commands.Wanted(start_folder(folder, recipe.adapter), again=True)
+        (measured,) = commands.evaluate(started, QuietReport(), wanted)["models"].values()
+        return float(measured["loss"])
 
     def recipe(self, folder: Path, rate: float, seed: int, held_out: str = "tune") -> Any:
         """The recipe of a run, through the real loader."""

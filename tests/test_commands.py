@@ -118,9 +118,10 @@ def test_eval_shows_base_and_adapter_side_by_side(finished, qlora):
 
 def test_eval_json_is_one_object_with_the_figures(finished, qlora):
     result = json.loads(qlora("eval", finished, "--baseline", "--json").out)
-    assert result["rows"] == 4
+    assert {suite["name"]: suite["rows"] for suite in result["suites"]} == {"loss": 4, "generate": 4}
     for model in ("base", "adapter"):
-        assert set(result["models"][model]) == {"loss", "perplexity", "token_accuracy", "exact_match"}
+        figures = {"loss", "perplexity", "bits_per_byte", "token_accuracy", "exact_match"}
+        assert set(result["models"][model]) == figures
     assert result["models"]["adapter"]["loss"] < result["models"]["base"]["loss"]
     lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert result["models"]["adapter"]["loss"] == pytest.approx(lines[-1]["eval_loss"], rel=1e-5)
@@ -128,8 +129,8 @@ def test_eval_json_is_one_object_with_the_figures(finished, qlora):
 
 def test_eval_limit_and_recipe_and_adapter(finished, recipe_file, qlora):
     result = json.loads(qlora("eval", recipe_file, "--adapter", finished / "adapter", "--limit", 2, "--json").out)
-    assert result["rows"] == 2
-    assert list(result["models"]) == ["adapter"]
+    assert [suite["rows"] for suite in result["suites"]] == [2, 2]
+    assert list(result["models"]) == [finished.name], "another adapter than the run's is called by its run"
 
 
 def test_eval_of_a_recipe_that_was_not_trained_measures_the_base(recipe_file, qlora):

@@ -19,6 +19,7 @@ from qlora_cli.quant.data_types import CODES, UNIFORM
 from qlora_cli.quant.layers import quantized_modules
 from qlora_cli.quant.roundtrip import module_digest, quantized, quantized_digest
 from qlora_cli.quant.scales import Scales
+from tests.architectures import model_section, outputs, rows_of
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -42,6 +43,17 @@ def test_a_weight_is_quantised_to_the_same_bytes_on_both_devices(data_type):
     on_cpu = quantized(weight, data_type, True, 64, torch.bfloat16)
     on_gpu = quantized(weight.to(GPU), data_type, True, 64, torch.bfloat16)
     assert torch.equal(on_cpu.data.view(torch.uint8).flatten(), on_gpu.data.cpu().view(torch.uint8).flatten())
+
+
+@pytest.mark.parametrize("name", ["roberta", "t5", "llama"])
+def test_a_new_head_is_the_same_on_both_devices(make_recipe, architecture, name):
+    recipe = make_recipe(model=model_section(architecture(name), "sequence_classification"))
+    on_cpu, on_gpu = (load_base(recipe, device) for device in (CPU, GPU))
+    batch = rows_of("sequence_classification")
+    heads = [dict(base.model.named_parameters()) for base in (on_cpu, on_gpu)]
+    assert all(torch.equal(heads[0][tensor], heads[1][tensor].cpu()) for tensor in on_cpu.head.new)
+    found = outputs(on_gpu.model, {key: tensor.to(GPU) for key, tensor in batch.items()})
+    assert torch.allclose(found.cpu(), outputs(on_cpu.model, batch), atol=1e-3)
 
 
 @pytest.mark.parametrize("block_size", [16, 20, 64, 96, 4096])
@@ -137,7 +149,7 @@ def test_train_eval_and_merge_on_the_gpu(make_recipe, heldout_file, rows_file, t
         evaluation={"max_new_tokens": 8},
     )
     adapter = train(recipe)
-    result = commands.evaluate(recipe, QuietReport(), adapter=None, baseline=True, limit=None)
+    result = commands.evaluate(recipe, QuietReport(), commands.Wanted(baseline=True, again=True))
     assert result["models"]["adapter"]["loss"] < result["models"]["base"]["loss"]
     merged = commands.merge(
         adapter.parent, recipe, QuietReport(), out=tmp_path / "merged", onto="dequantized", dtype="float32"

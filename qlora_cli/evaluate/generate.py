@@ -1,4 +1,4 @@
-"""Greedy answers to held-out prompts, and how many are exactly right."""
+"""Answers to held-out prompts, greedy or by beams, and how many are exactly right."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
 from qlora_cli.model.base import Base
+
+
+class Decoding(NamedTuple):
+    """How an answer is generated. num_beams: 1 is greedy."""
+
+    max_new_tokens: int
+    num_beams: int = 1
 
 
 @dataclass(frozen=True)
@@ -22,11 +29,6 @@ class Answer:
     prompt: str
     expected: str
     generated: str
-
-    @property
-    def exact(self) -> bool:
-        """Equal but for white space at the ends."""
-        return self.generated.strip() == self.expected.strip()
 
 
 def prompt_and_reference(example: Example) -> tuple[list[int], list[int]] | None:
@@ -40,38 +42,48 @@ def prompt_and_reference(example: Example) -> tuple[list[int], list[int]] | None
     return (example.input_ids[:start], example.input_ids[start:end]) if start > 1 else None
 
 
-def batches_of_one_length(examples: Sequence[Example], size: int) -> Iterator[list[Example]]:
-    """Batches whose prompts have the same number of tokens, so that no padding can touch an answer."""
-    groups: dict[int, list[Example]] = defaultdict(list)
-    for example in examples:
+def batches_of_one_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
+    """Batches, as indices, whose prompts have the same number of tokens, so that no padding can touch an answer."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for index, example in enumerate(examples):
         if (pair := prompt_and_reference(example)) is not None:
-            groups[len(pair[0])].append(example)
+            groups[len(pair[0])].append(index)
     for length in sorted(groups, reverse=True):
         for start in range(0, len(groups[length]), size):
             yield groups[length][start : start + size]
 
 
-@torch.no_grad()
 def generate_answers(
-    base: Base, model: Any, examples: Sequence[Example], batch_size: int, max_new_tokens: int
-) -> list[Answer]:
-    """Greedy answers to every example that has a prompt; decoding ends at a stop token of the base."""
-    answers: list[Answer] = []
-    with plain_greedy(base, model, max_new_tokens):
-        for batch in batches_of_one_length(examples, batch_size):
-            pairs = [pair for example in batch if (pair := prompt_and_reference(example)) is not None]
-            prompts = torch.tensor([prompt for prompt, _ in pairs], device=base.device)
-            with base.compute():
-                output = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts))
-            for example, (prompt, reference), tokens in zip(batch, pairs, output.tolist(), strict=True):
-                generated = _text(base, _until_stop(base, tokens[len(prompt) :]))
-                prompt_text = _text(base, prompt, skip=False)
-                answers.append(Answer(example.where, prompt_text, _text(base, reference), generated))
+    base: Base, model: Any, examples: Sequence[Example], batch_size: int, decoding: Decoding
+) -> Iterator[tuple[int, Answer]]:
+    """The index and the answer of every example that has a prompt, as they are done, the longest prompts first.
+
+    Decoding ends at a stop token of the base. Between two batches the model is as it was.
+    """
+    for indices in batches_of_one_length(examples, batch_size):
+        batch = [examples[index] for index in indices]
+        with torch.no_grad(), deciding(base, model, decoding):
+            answers = _answers(base, model, batch)
+        yield from zip(indices, answers, strict=True)
+
+
+def _answers(base: Base, model: Any, batch: Sequence[Example]) -> list[Answer]:
+    """The answers to examples with prompts of one length."""
+    pairs = [pair for example in batch if (pair := prompt_and_reference(example)) is not None]
+    prompts = torch.tensor([prompt for prompt, _ in pairs], device=base.device)
+    with base.compute():
+        output = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts))
+    answers = []
+    for example, (prompt, reference), tokens in zip(batch, pairs, output.tolist(), strict=True):
+        given = len(prompt) if base.task == "causal_lm" else 1  # the decoder's start token
+        generated = _text(base, _until_stop(base, tokens[given:]))
+        prompt_text = _text(base, prompt, skip=False)
+        answers.append(Answer(example.where, prompt_text, _text(base, reference), generated))
     return answers
 
 
 @contextmanager
-def plain_greedy(base: Base, model: Any, max_new_tokens: int) -> Iterator[None]:
+def deciding(base: Base, model: Any, decoding: Decoding) -> Iterator[None]:
     """Evaluation mode, and generation settings of ours inside the block; what was set before comes back after.
 
     The base's own generation_config may sample, penalise repetition or return several answers, and transformers takes
@@ -81,12 +93,13 @@ def plain_greedy(base: Base, model: Any, max_new_tokens: int) -> Iterator[None]:
 
     before, training = base.model.generation_config, model.training
     base.model.generation_config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=decoding.max_new_tokens,
         do_sample=False,
-        num_beams=1,
+        num_beams=decoding.num_beams,
         use_cache=True,
         eos_token_id=sorted(base.stop_token_ids),
         pad_token_id=base.tokenizer.eos_token_id,
+        decoder_start_token_id=getattr(base.config, "decoder_start_token_id", None),
     )
     model.eval()
     try:
@@ -94,11 +107,6 @@ def plain_greedy(base: Base, model: Any, max_new_tokens: int) -> Iterator[None]:
     finally:
         base.model.generation_config = before
         model.train(training)
-
-
-def exact_match(answers: Sequence[Answer]) -> float:
-    """The share of answers that equal their reference."""
-    return sum(answer.exact for answer in answers) / len(answers)
 
 
 def _until_stop(base: Base, tokens: list[int]) -> list[int]:

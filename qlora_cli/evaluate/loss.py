@@ -12,25 +12,39 @@ import torch
 from qlora_cli.data.encode import Example
 from qlora_cli.data.examples import lengths_of
 from qlora_cli.model.base import Base
-from qlora_cli.tasks.causal_lm import batches, token_loss_sum, trained_logits
+from qlora_cli.tasks.table import TASKS, batches, loss_sum
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Means over the trained tokens of the held-out rows; loss in nats per token."""
+    """Means over what is trained of the held-out rows: tokens, classes, numbers, or first and last tokens of spans.
+
+    loss: nats per token, class or end; squared error of a number. accuracy: None for numbers.
+    """
 
     loss: float
-    perplexity: float
-    token_accuracy: float
-    tokens: int
-    rows: int
+    accuracy: float | None
+    num_targets: int
+    num_rows: int
+
+    @property
+    def perplexity(self) -> float:
+        """e to the loss."""
+        return exp(self.loss)
+
+    def figures(self, task: str) -> dict[str, float]:
+        """What is told of it, by name."""
+        if task in ("causal_lm", "seq2seq_lm"):
+            assert self.accuracy is not None
+            return {"loss": self.loss, "perplexity": self.perplexity, "token_accuracy": self.accuracy}
+        return {"loss": self.loss} | ({} if self.accuracy is None else {"accuracy": self.accuracy})
 
 
 @torch.no_grad()
 def held_out_loss(
     base: Base, model: Any, examples: Sequence[Example], batch_size: int, packed: bool = False
 ) -> HeldOutLoss:
-    """Loss, perplexity and token accuracy of `model` on the examples; the model's mode is restored after.
+    """Loss and accuracy of `model` on the examples; the model's mode is restored after.
 
     packed: whether the model keeps examples apart that go through it one behind the other. Longest first, so that a
     batch too large for the memory fails at once.
@@ -40,18 +54,19 @@ def held_out_loss(
     lengths = lengths_of(examples).tolist()
     loss = torch.zeros((), dtype=torch.float64, device=base.device)
     correct = torch.zeros((), dtype=torch.int64, device=base.device)
-    tokens = 0
+    num_targets, numbers = 0, False
     try:
         for batch in batches(examples, lengths, batch_size, max(lengths), packed, base):
             with base.compute():
-                logits, targets = trained_logits(model, batch)
-            loss += token_loss_sum(logits, targets)
+                logits, targets = TASKS[base.task].outputs(model, batch)
+            loss += loss_sum(logits, targets)
             correct += (logits.argmax(dim=-1) == targets).sum()
-            tokens += targets.numel()
+            num_targets += targets.numel()
+            numbers = targets.is_floating_point()
     finally:
         model.train(training)
-    mean = loss.item() / tokens
-    return HeldOutLoss(mean, exp(mean), correct.item() / tokens, tokens, len(examples))
+    accuracy = None if numbers else correct.item() / num_targets
+    return HeldOutLoss(loss.item() / num_targets, accuracy, num_targets, len(examples))
 
 
 def exp(loss: float) -> float:

@@ -34,12 +34,14 @@ class Progress:
     place: the cursor into streamed data.
     random: one dict of generator states per process.
     logged: what the next logged line has summed up so far.
+    best: the best evaluation so far, where the recipe asks for it.
     """
 
     step: int
     random: list[dict[str, Tensor]]
     logged: dict[str, float]
     place: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
 
 
 def save_checkpoint(
@@ -56,6 +58,8 @@ def save_checkpoint(
         state = {"step": progress.step, "logged": progress.logged, "optimizer": rest, "processes": len(progress.random)}
         if progress.place is not None:
             state["place"] = progress.place
+        if progress.best is not None:
+            state["best"] = progress.best
         (place / "state.json").write_text(json.dumps(state, indent=1))
 
     path = publish(folder / f"step-{progress.step:06d}", write)
@@ -135,4 +139,4 @@ def load_checkpoint(checkpoint: Path, model: Any, optimizer: Optimizer, processe
     for name, tensor in load_file(checkpoint / "random.safetensors").items():
         rank, kind = name.split(".")
         random[int(rank)][kind] = tensor
-    return Progress(state["step"], random, state["logged"], state.get("place"))
+    return Progress(state["step"], random, state["logged"], state.get("place"), state.get("best"))

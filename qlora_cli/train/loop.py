@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -16,9 +15,13 @@ from qlora_cli.data.encode import Example
 from qlora_cli.data.order import Window, micro_batches, share_of
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.evaluate.loss import held_out_loss
+from qlora_cli.evaluate.measuring import Subject, given
+from qlora_cli.evaluate.measuring import figures as figures_of
 from qlora_cli.model.base import readable_bytes
 from qlora_cli.recipe import Recipe
-from qlora_cli.tasks.causal_lm import Batch, PackedBatch, batches, collate_packed
+from qlora_cli.tasks.causal_lm import collate_packed
+from qlora_cli.tasks.table import AnyBatch, batches
+from qlora_cli.train.best import Best, judged, keep_best, prune_best, publish_best
 from qlora_cli.train.checkpoint import Progress, save_checkpoint
 from qlora_cli.train.optimizers import set_learning_rate
 from qlora_cli.train.publish import owner_of, publish_adapter
@@ -41,22 +44,27 @@ def train(recipe: Recipe, run: Run, report: Report, pause_at: int | None = None,
         last_step = min(session.total_steps, pause_at or session.total_steps)
         report.begin(session.step, session.total_steps)
         try:
-            take_steps(session, last_step)
+            finished = take_steps(session, last_step)
         except torch.OutOfMemoryError as error:
             raise out_of_memory(session, error) from error
         finally:
             session.feed.close()
             report.end()
-        if session.step == session.total_steps and session.accelerator.is_main_process:
-            publish_adapter(run.adapter, session.model, session.base, recipe, session.step)
+        if finished and session.accelerator.is_main_process:
+            publish_result(session)
         session.accelerator.wait_for_everyone()
         session.accelerator.end_training()
     return run.adapter
 
 
-def take_steps(session: Session, last_step: int) -> None:
-    """Optimizer steps up to `last_step`, with what falls due between them: metrics, evaluations, checkpoints."""
+def take_steps(session: Session, last_step: int) -> bool:
+    """Optimizer steps up to `last_step`, with what falls due between them: metrics, evaluations, checkpoints.
+
+    Returns whether the run is finished: at its last step, or before it where evaluations gain nothing any more.
+    """
     training = session.recipe.training
+    if is_stopped_early(session):  # before it was killed
+        return True
     with asked_to_stop(session.report.say) as stop_code:
         for window, place in session.feed.windows(last_step, session.step, session.place):
             code = take_step(session, window, stop_code)
@@ -64,13 +72,34 @@ def take_steps(session: Session, last_step: int) -> None:
             last = session.step == session.total_steps
             if last or session.step % training.logging_steps == 0:
                 log_metrics(session, window)
-            if session.eval_set.rows and (last or session.step % training.eval_steps == 0):
+            if last or session.step % training.eval_steps == 0:
                 evaluate(session)
-            if session.step == last_step or code or session.step % training.save_steps == 0:
+            stopped = is_stopped_early(session)
+            if session.step == last_step or code or stopped or session.step % training.save_steps == 0:
                 save(session)
             if code:
                 session.report.say(f"stopped  after step {session.step}, which is saved; the same command goes on")
                 raise Interrupted(code)
+            if stopped:
+                break
+    return session.step == session.total_steps or is_stopped_early(session)
+
+
+def is_stopped_early(session: Session) -> bool:
+    """Whether so many evaluations were no better than the best one that the run ends."""
+    patience, best = session.recipe.evaluation.early_stopping_patience, session.best
+    return patience is not None and best is not None and best.misses >= patience
+
+
+def publish_result(session: Session) -> None:
+    """The adapter folder: of the best evaluation where the recipe names a metric for it, else of the last step."""
+    run, best = session.run, session.best
+    if best is None or best.metric != session.recipe.evaluation.best_metric:
+        publish_adapter(run.adapter, session.model, session.base, session.recipe, session.step)
+        return
+    early = f", stopped early at step {session.step}" if session.step < session.total_steps else ""
+    session.report.say(f"best     {best.metric} {best.value:.4g} at step {best.step}{early}")
+    publish_best(run.adapter, run.best, best)
 
 
 def out_of_memory(session: Session, error: torch.OutOfMemoryError) -> UserError:
@@ -107,7 +136,7 @@ def take_step(session: Session, window: Window[Example], stop_code: Callable[[],
     return code
 
 
-def own_batches(session: Session, window: Window[Example]) -> Iterator[Batch | PackedBatch]:
+def own_batches(session: Session, window: Window[Example]) -> Iterator[AnyBatch]:
     """This process's forward passes of the window; how it is cut does not change the gradient."""
     accelerator, device = session.accelerator, session.base.device
     size = session.recipe.training.micro_batch_size
@@ -154,18 +183,35 @@ def log_metrics(session: Session, window: Window[Example]) -> None:
 
 
 def evaluate(session: Session) -> None:
-    """Held-out loss of the adapter as it stands."""
-    started = time.perf_counter()
-    size = session.recipe.evaluation.batch_size
-    result = held_out_loss(
-        session.base,
-        session.model,
-        session.eval_set.rows,
-        session.recipe.training.micro_batch_size if size == "auto" else size,
-        session.packed,
-    )
-    tell(session, {"step": session.step, **{f"eval_{name}": value for name, value in asdict(result).items()}})
+    """Held-out loss of the adapter as it stands, the figures of the suites, and which evaluation is the best so far."""
+    recipe, started = session.recipe, time.perf_counter()
+    figures: dict[str, Any] = {}
+    if session.eval_set.rows:
+        size = recipe.evaluation.batch_size
+        size = recipe.training.micro_batch_size if size == "auto" else size
+        result = held_out_loss(session.base, session.model, session.eval_set.rows, size, session.packed)
+        figures |= {f"eval_{name}": value for name, value in result.figures(recipe.model.task).items()}
+        figures["eval_rows"] = result.num_rows
+    subject = Subject("adapter", session.base, session.model, "")
+    for suite in session.suites:
+        answers = dict(given(suite, subject, range(suite.num_rows)))
+        found = figures_of(suite, [answers[row] for row in range(suite.num_rows)])
+        figures |= {f"{suite.name}.{name}": value for name, value in found.items()}
+    if not figures:
+        return
+    tell(session, {"step": session.step, **figures})
+    if recipe.evaluation.best_metric is not None:
+        session.best = agreed(session, judged(recipe.evaluation.best_metric, figures, session.step, session.best))
+        if session.best.step == session.step and session.accelerator.is_main_process:
+            keep_best(session.run.best, session.model, session.base, recipe, session.step)
     session.clock += time.perf_counter() - started  # an evaluation is no training time
+
+
+def agreed(session: Session, best: Best) -> Best:
+    """The main process's judgement, on all of them: so that all stop after the same step."""
+    from accelerate.utils import broadcast_object_list
+
+    return Best(**broadcast_object_list([best.to_json()])[0])
 
 
 def tell(session: Session, values: dict[str, Any]) -> None:
@@ -182,10 +228,12 @@ def save(session: Session) -> None:
 
     random = gather_object([random_state()])
     if session.accelerator.is_main_process:
-        progress = Progress(session.step, random, session.logged, session.place)
+        best = session.best.to_json() if session.best else None
+        progress = Progress(session.step, random, session.logged, session.place, best)
         keep = session.recipe.training.save_total_limit
         owner = owner_of(session.recipe, session.base)
         save_checkpoint(session.run.checkpoints, session.model, session.optimizer, progress, owner, keep)
+        prune_best(session.run.best, session.best)
     session.accelerator.wait_for_everyone()
 
 

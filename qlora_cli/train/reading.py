@@ -8,10 +8,13 @@ from datetime import date
 from itertools import count as count_up
 from itertools import islice
 
+import numpy as np
+
 from qlora_cli.data.examples import Examples, load_examples, wanted_rows
 from qlora_cli.data.limits import Limits
-from qlora_cli.data.order import Order
+from qlora_cli.data.order import Order, Rows
 from qlora_cli.data.readers import DataFile
+from qlora_cli.data.row_task import RowTask
 from qlora_cli.data.rows import Role, count
 from qlora_cli.data.sources import Part
 from qlora_cli.data.statistics import layout_of
@@ -39,7 +42,8 @@ def open_feed(recipe: Recipe, base: Found, report: Report, today: date, units_pe
     if not data.train[0].streaming:
         examples = encode_role(recipe, base, "train", report, today)
         return StoredFeed(examples, order_of(recipe, examples, units_per_step))
-    wanted = wanted_rows(data, "train", base.tokenizer, base.stop_token_ids, seed=recipe.training.seed, today=today)
+    seed, task = recipe.training.seed, RowTask.of(recipe)
+    wanted = wanted_rows(data, "train", base.tokenizer, base.stop_token_ids, seed=seed, today=today, task=task)
     capacity = wanted.limits.longest if data.packing is True else None
     workers = None if data.workers == "auto" else data.workers
 
@@ -73,6 +77,7 @@ def load_role(recipe: Recipe, base: Found, role: Role, report: Report, today: da
         base.stop_token_ids,
         seed=recipe.training.seed,
         today=today,
+        task=RowTask.of(recipe),
         progress=lambda num_rows: report.prepared(role, num_rows),
     )
 
@@ -84,7 +89,7 @@ def first_block(source: Source) -> Source:
 
 def order_of(recipe: Recipe, train_set: Examples, units_per_step: int) -> Order:
     """The order of the examples; with data.packing: true, of rows that they fill."""
-    capacity = Limits.of(recipe.data).longest if recipe.data.packing is True else None
+    capacity = Limits.of(recipe.data, recipe.model.task).longest if recipe.data.packing is True else None
     sources = tuple((source.num_examples, source.weight) for source in train_set.sources)
     return Order(sources, units_per_step, recipe.training.seed, train_set.lengths, capacity)
 
@@ -123,22 +128,29 @@ def refuse_beyond_context(found: Found, *sets: Examples) -> None:
     """Refuses rows of more tokens than the model has positions: it was never trained to read so far."""
     context = found.context
     for examples in sets:
-        lengths = examples.lengths
+        lengths = positions_of(examples)
         too_long = [index for index in range(len(lengths)) if context and lengths[index] > context]
         if too_long:
+            windows = examples.task == "question_answering"  # which no row is too long for
             raise UserError(
                 examples.rows[too_long[0]].where,
-                f"the row has {lengths[too_long[0]]:,} tokens, the model {context:,} positions "
+                f"the row takes {lengths[too_long[0]]:,} tokens, the model has {context:,} positions "
                 f"({count(len(too_long), 'such row')})",
-                f"set data.max_length: {context} and data.on_long_row to truncate or skip",
+                f"set data.max_length: {context}" + ("" if windows else " and data.on_long_row to truncate or skip"),
             )
+
+
+def positions_of(examples: Examples) -> Rows:
+    """Positions that each example takes of a model: an encoder reads the source, a decoder the target."""
+    lengths, trained = examples.lengths, examples.trained_lengths
+    return np.maximum(lengths - trained, trained) if examples.task == "seq2seq_lm" else lengths
 
 
 def refuse_long_stream(found: Found, feed: StreamFeed) -> None:
     """Refuses a stream whose limit lets rows of more tokens than the model has positions through."""
-    context = found.context
-    if context and feed.longest > context:
-        what = f"lets streamed rows of {feed.longest:,} tokens through, the model has {context:,} positions"
+    context, longest = found.context, feed.stream.wanted.limits.most_positions
+    if context and longest > context:
+        what = f"lets streamed rows of {longest:,} tokens through, the model has {context:,} positions"
         raise UserError("data.max_length", what, f"set data.max_length: {context}")
 
 
@@ -148,7 +160,7 @@ def keep_apart(recipe: Recipe, base: Base, report: Report, longest: int) -> bool
     longest: tokens of the longest example. Raises UserError where data.packing asks for it and the model mixes them.
     """
     wanted, attention = recipe.data.packing, recipe.model.attn_implementation
-    if wanted is False:
+    if wanted is False or recipe.model.task != "causal_lm":
         return False
     vocabulary = num_embeddings(base.model)
     try:

@@ -60,6 +60,16 @@ class Run:
         return self.folder / "adapter"
 
     @property
+    def evaluations(self) -> Path:
+        """Holds the figures of every suite, and every answer."""
+        return self.folder / "eval"
+
+    @property
+    def best(self) -> Path:
+        """The adapter of the best evaluation so far, where evaluation.best_metric names one."""
+        return self.folder / "best"
+
+    @property
     def metrics(self) -> Path:
         return self.folder / "metrics.jsonl"
 
@@ -115,7 +125,7 @@ def claim(run: Run, recipe: Recipe, recipe_text: bytes) -> None:
                 "choose another output_dir, or give the recipe back its old values to continue that run",
             )
     else:
-        strangers = sorted(path.name for path in run.folder.iterdir() if path.name != "run.lock")
+        strangers = sorted(path.name for path in run.folder.iterdir() if path.name not in ("run.lock", "eval"))
         if strangers:
             raise UserError(
                 f"output_dir: {run.folder}",

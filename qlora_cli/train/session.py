@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 
 from qlora_cli.data.examples import Examples
 from qlora_cli.errors import Exit, UserError
+from qlora_cli.evaluate.suite import Opened
 from qlora_cli.model.adapter import attach_adapter, load_adapter
 from qlora_cli.model.base import Base, Found, find_base, fingerprint, load_base
 from qlora_cli.model.skeleton import check_storage
@@ -21,6 +23,7 @@ from qlora_cli.model.stored_base import Making, on_stored_base, start_folder
 from qlora_cli.model.whole_folder import fault
 from qlora_cli.recipe import Recipe
 from qlora_cli.train.base import calibration_rows, make_base, recipe_of_base
+from qlora_cli.train.best import Best
 from qlora_cli.train.checkpoint import load_checkpoint, newest_valid, step_of
 from qlora_cli.train.facts import run_facts
 from qlora_cli.train.feed import Feed, Place, StreamFeed
@@ -37,6 +40,7 @@ from qlora_cli.train.reading import (
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import TRAINED_ON, Run, date_of, metrics_until, read_facts, write_facts
 from qlora_cli.train.step import restore_random_state, seed_everything
+from qlora_cli.train.suites import Reading, context_of, suites_in_training
 
 START_TIME = timedelta(hours=12)
 """So long the other processes wait while the main one makes the base of an adapter's start."""
@@ -48,6 +52,7 @@ class Session:
 
     place:  where the feed stands after `step` steps, where their number does not say it.
     packed: whether examples go through the model one behind the other, without padding.
+    suites: those of evaluation.during_training. best: the best evaluation so far, by evaluation.best_metric.
     """
 
     recipe: Recipe
@@ -61,8 +66,10 @@ class Session:
     eval_set: Examples
     packed: bool
     total_steps: int
+    suites: Sequence[Opened] = ()
     step: int = 0
     place: Place | None = None
+    best: Best | None = None
     logged: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "tokens": 0.0})
     clock: float = field(default_factory=time.perf_counter)
     trained_tokens: int = 0  # since `clock`
@@ -81,6 +88,8 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     if not recipe.data.eval_fraction:
         refuse_trained_on(feed.examples.parts, eval_set)
     refuse_beyond_context(found, feed.examples, eval_set)
+    reading = Reading(report, today, feed.examples.parts)
+    suites = suites_in_training(recipe, context_of(recipe, found, reading, eval_set), eval_set)
     if isinstance(feed, StreamFeed):
         refuse_long_stream(found, feed)
     if on_base is recipe and changes_base(recipe.adapter):
@@ -95,7 +104,7 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
 
     seed_everything(training.seed)  # before the adapter: its A matrices are random
     if on_base is recipe:
-        model = attach_adapter(base, recipe.adapter, recipe.model.task)
+        model = attach_adapter(base, recipe.adapter)
     else:
         model = load_adapter(base, start_folder(base.folder, recipe.adapter), trainable=True)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -105,7 +114,7 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
         report.say(f"note     {training.optimizer} is {note}")
     steps = feed.total_steps(training.epochs, training.max_steps)
     say_layout(report, recipe, feed, packed)
-    session = Session(recipe, run, report, accelerator, base, model, optimizer, feed, eval_set, packed, steps)
+    session = Session(recipe, run, report, accelerator, base, model, optimizer, feed, eval_set, packed, steps, suites)
     if accelerator.is_main_process:
         say_if_held_out_changed(run, eval_set, report)
         facts = run_facts(recipe, base, base_digest, feed, today)
@@ -185,6 +194,7 @@ def restore(session: Session, resume: str) -> None:
         check_belongs(newest, session)
         progress = load_checkpoint(newest, session.model, session.optimizer, accelerator.num_processes)
         session.step, session.place, session.logged = progress.step, progress.place, progress.logged
+        session.best = Best(**progress.best) if progress.best else None
         restore_random_state(progress.random[accelerator.process_index])
         session.report.say(f"resume   {newest}, step {session.step} of {session.total_steps}")
     if accelerator.is_main_process:

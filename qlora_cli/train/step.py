@@ -12,7 +12,7 @@ from torch import Tensor
 
 from qlora_cli.errors import Exit
 from qlora_cli.model.base import Base
-from qlora_cli.tasks.causal_lm import Batch, PackedBatch, token_loss_sum, trained_logits
+from qlora_cli.tasks.table import TASKS, AnyBatch, loss_sum
 
 STOPS = (Exit.SIGTERM, Exit.SIGINT)
 """Exit codes of the signals that end a run after the step in hand."""
@@ -39,18 +39,18 @@ def deterministic_kernels(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
-def accumulate(base: Base, model: Any, batches: Iterable[Batch | PackedBatch], num_tokens: int) -> Tensor:
+def accumulate(base: Base, model: Any, batches: Iterable[AnyBatch], num_tokens: int) -> Tensor:
     """Adds the gradient of this process's share of one optimizer step, and returns its share of the loss.
 
-    num_tokens: trained tokens of the whole step, over all micro-batches and processes. Each micro-batch contributes
-    its summed loss divided by it, so the sum is the token-weighted mean however the rows are split.
+    num_tokens: trained tokens, or other targets, of the whole step, over all micro-batches and processes. Each
+    micro-batch contributes its summed loss divided by it, so the sum is the mean over all however the rows are split.
     Returns a () float32 tensor on the device.
     """
     total = torch.zeros((), device=base.device)
     for batch in batches:
         with base.compute():
-            logits, targets = trained_logits(model, batch)
-        loss = token_loss_sum(logits, targets) / num_tokens
+            logits, targets = TASKS[base.task].outputs(model, batch)
+        loss = loss_sum(logits, targets) / num_tokens
         loss.backward()
         total += loss.detach()
     return total

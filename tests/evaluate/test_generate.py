@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
-from qlora_cli.evaluate.generate import Answer, exact_match, generate_answers, prompt_and_reference
-from qlora_cli.model.base import load_base
+from qlora_cli.evaluate.generate import Answer, Decoding, generate_answers, prompt_and_reference
+from qlora_cli.model.base import Base, load_base
 from tests.tiny import train_rows
 
 
@@ -26,6 +28,11 @@ def ready(tiny_model, rows_file):
     return base, train_rows(recipe, base)
 
 
+def answers_of(base: Base, rows: Sequence[Example], size: int, max_new_tokens: int = 12) -> list[Answer]:
+    """The answers in the order in which they are done."""
+    return [answer for _, answer in generate_answers(base, base.model, rows, size, Decoding(max_new_tokens))]
+
+
 def test_answers_equal_a_plain_greedy_loop_for_every_batch_size(ready):
     base, rows = ready
     expected = {}
@@ -41,7 +48,7 @@ def test_answers_equal_a_plain_greedy_loop_for_every_batch_size(ready):
                 answer.append(token)
             expected[row.where] = base.tokenizer.decode(answer, skip_special_tokens=True)
     for size in (1, 5):
-        answers = generate_answers(base, base.model, rows, size, 12)
+        answers = answers_of(base, rows, size)
         assert {answer.where: answer.generated for answer in answers} == expected
 
 
@@ -49,10 +56,10 @@ def test_the_bases_own_generation_settings_do_not_matter(ready, monkeypatch):
     from transformers import GenerationConfig
 
     base, rows = ready
-    plain = generate_answers(base, base.model, rows[:4], 4, 12)
+    plain = answers_of(base, rows[:4], 4)
     odd = GenerationConfig(repetition_penalty=5.0, num_return_sequences=2, do_sample=True, min_new_tokens=9)
     monkeypatch.setattr(base.model, "generation_config", odd)
-    assert generate_answers(base, base.model, rows[:4], 4, 12) == plain
+    assert answers_of(base, rows[:4], 4) == plain
     assert base.model.generation_config is odd
 
 
@@ -63,15 +70,8 @@ def test_prompt_and_reference_are_the_last_answers():
     assert prompt_and_reference(Example([5, 6], [5, 6], "here")) is None, "plain text has no prompt"
 
 
-def test_exact_match_forgives_white_space_at_the_ends_only():
-    def answer(generated: str) -> Answer:
-        return Answer("here", "prompt", "a b", generated)
-
-    assert exact_match([answer("a b"), answer(" a b\n"), answer("a  b"), answer("a")]) == 0.5
-
-
 def test_the_reference_is_the_answer_without_its_stop_token(ready):
     base, rows = ready
-    answers = generate_answers(base, base.model, rows[:3], 1, 2)
+    answers = answers_of(base, rows[:3], 1, 2)
     assert {answer.expected for answer in answers} == {"0", "1 batman", "2 batman batman"}
     assert all(answer.prompt.endswith("<|im_start|>assistant\n") for answer in answers)

@@ -49,7 +49,7 @@ def test_it_equals_a_ten_line_transformers_loop(plain, tiny_model):
             tokens += count
     result = held_out_loss(base, base.model, rows, 4)
     assert result.perplexity == pytest.approx(math.exp(total / tokens), rel=1e-5)
-    assert (result.tokens, result.rows) == (tokens, len(texts))
+    assert (result.num_targets, result.num_rows) == (tokens, len(texts))
 
 
 def test_it_does_not_change_with_the_batch_size(plain):
@@ -57,7 +57,7 @@ def test_it_does_not_change_with_the_batch_size(plain):
     results = [held_out_loss(base, base.model, rows, size) for size in (1, 3, 5, 18, 100)]
     for result in results[1:]:
         assert result.perplexity == pytest.approx(results[0].perplexity, rel=1e-5)
-        assert result.token_accuracy == results[0].token_accuracy
+        assert result.accuracy == results[0].accuracy
 
 
 def test_token_accuracy_counts_greedy_tokens(plain):
@@ -68,7 +68,7 @@ def test_token_accuracy_counts_greedy_tokens(plain):
             best = base.model(torch.tensor([row.input_ids])).logits[0].argmax(-1)
             right += (best[:-1] == torch.tensor(row.input_ids[1:])).sum().item()
     result = held_out_loss(base, base.model, rows, 7)
-    assert result.token_accuracy == right / result.tokens
+    assert result.accuracy == right / result.num_targets
 
 
 @pytest.mark.parametrize("training", [True, False])

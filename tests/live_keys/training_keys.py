@@ -136,7 +136,7 @@ def measured(watch: Watch) -> list[int]:
 def decoded(bench: Bench, recipe: Recipe) -> int:
     """Forward passes over a single token, the answer's second to last one, while `qlora eval` answers one prompt."""
     with watched() as watch:
-        commands.evaluate(recipe, QuietReport(), adapter=None, baseline=True, limit=1)
+        commands.evaluate(recipe, QuietReport(), commands.Wanted(baseline=True, limit=1, again=True))
     return sum(ids.shape[1] == 1 for ids in watch.inputs)
 
 

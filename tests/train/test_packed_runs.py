@@ -53,7 +53,7 @@ def test_a_run_on_a_packed_base_is_resumed_measured_and_merged(
     lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[-1] < losses[0]
-    result = commands.evaluate(recipe_in("whole"), report, adapter=None, baseline=True, limit=None)
+    result = commands.evaluate(recipe_in("whole"), report, commands.Wanted(baseline=True, again=True))
     assert result["models"]["adapter"]["loss"] < result["models"]["base"]["loss"]
     merged = commands.merge(
         tmp_path / "whole", recipe_in("whole"), report, out=None, onto="dequantized", dtype="float32"

@@ -1,0 +1,117 @@
+"""The best evaluation is kept, the run stops where nothing is gained, and a resumed run judges as one never stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+
+import pytest
+
+from qlora_cli import commands
+from qlora_cli.display import QuietReport
+from qlora_cli.errors import UserError
+from qlora_cli.train.best import Best, is_lower_better, judged
+
+WEIGHTS = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("metric", "lower"),
+    [("eval_loss", True), ("wiki.perplexity", True), ("wiki.bits_per_byte", True), ("eval_token_accuracy", False),
+     ("generate.exact_match", False), ("classify.matthews", False)],
+)  # fmt: skip
+def test_less_loss_and_more_of_all_else_is_better(metric, lower):
+    assert is_lower_better(metric) is lower
+
+
+@pytest.mark.parametrize(("metric", "values"), [("eval_loss", [3, 2, 2, 4, 1]), ("a.accuracy", [1, 2, 2, 0, 3])])
+def test_an_equal_evaluation_is_no_better_and_misses_count_since_the_best(metric, values):
+    best, seen = None, []
+    for step, value in enumerate(values):
+        best = judged(metric, {metric: value}, step, best)
+        seen.append((best.step, best.misses))
+    assert seen == [(0, 0), (1, 0), (1, 1), (1, 2), (4, 0)]
+
+
+def test_a_figure_that_is_none_is_never_the_best_beside_one():
+    first = judged("eval_loss", {"eval_loss": math.nan}, 0, None)
+    second = judged("eval_loss", {"eval_loss": 2.0}, 1, first)
+    third = judged("eval_loss", {"eval_loss": math.nan}, 2, second)
+    assert (second.step, third) == (1, Best("eval_loss", 2.0, 1, 1))
+
+
+def test_another_metric_begins_anew():
+    assert judged("a.f1", {"a.f1": 0.1}, 7, Best("eval_loss", 0.5, 3, 2)) == Best("a.f1", 0.1, 7)
+
+
+def train(recipe, pause_at=None):
+    commands.train(recipe, b"", QuietReport(), main_process=True, resume="auto", pause_at=pause_at)
+
+
+def metrics_of(run, key="eval_loss"):
+    lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line[key] for line in lines if key in line}
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def overfitting(make_recipe, heldout_file, tmp_path):
+    """A recipe whose held-out loss rises behind its first step; with keys of `evaluation` and a folder."""
+    rows = {"train": [{"path": str(heldout_file.with_name("rows.jsonl"))}], "eval": [{"path": str(heldout_file)}]}
+
+    def build(folder="run", steps=12, **evaluation):
+        return make_recipe(
+            data=rows,
+            training={"max_steps": steps, "learning_rate": 0.15, "eval_steps": 1, "save_steps": 4,
+                      "lr_scheduler": "constant", "warmup_ratio": 0.0},
+            evaluation=evaluation,
+            output_dir=str(tmp_path / folder),
+        )  # fmt: skip
+
+    return build
+
+
+def test_the_adapter_is_that_of_the_best_evaluation(overfitting, tmp_path):
+    train(overfitting(steps=3, best_metric="eval_loss"))
+    losses = metrics_of(tmp_path / "run")
+    best = min(losses, key=losses.__getitem__)
+    assert 1 <= best < max(losses), f"the recipe must overfit for this test to mean anything: {losses}"
+    paused = overfitting("paused", steps=3)
+    train(paused, pause_at=best)
+    of_that_step = tmp_path / "paused" / "checkpoints" / f"step-{best:06d}"
+    assert digest(tmp_path / "run" / "adapter" / WEIGHTS) == digest(of_that_step / WEIGHTS)
+    assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == [f"step-{best:06d}"]
+    assert "Trained by qlora" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+    assert f"for {best} optimizer step" in (tmp_path / "run" / "adapter" / "README.md").read_text()
+
+
+def test_it_stops_early_and_a_resumed_run_stops_at_the_same_step(overfitting, tmp_path):
+    settings = {"best_metric": "eval_loss", "early_stopping_patience": 2}
+    train(overfitting("whole", steps=40, **settings))
+    losses = metrics_of(tmp_path / "whole")
+    best = min(losses, key=losses.__getitem__)
+    assert max(losses) == best + 2 < 40
+    parts = overfitting("parts", steps=40, **settings)
+    for pause in range(1, best + 3):
+        train(parts, pause_at=pause)
+    assert metrics_of(tmp_path / "parts") == losses
+    train(parts)
+    for name in ("adapter", f"best/step-{best:06d}"):
+        assert digest(tmp_path / "parts" / name / WEIGHTS) == digest(tmp_path / "whole" / name / WEIGHTS)
+
+
+def test_suites_run_in_training_and_may_be_the_metric(overfitting, tmp_path):
+    recipe = overfitting(steps=3, during_training=["generate"], best_metric="generate.exact_match", max_new_tokens=4)
+    train(recipe)
+    assert sorted(metrics_of(tmp_path / "run", "generate.exact_match")) == [1, 2, 3]
+    assert metrics_of(tmp_path / "run"), "the held-out loss is measured beside them"
+
+
+def test_a_metric_that_nothing_measures_is_refused_before_a_weight_is_read(overfitting):
+    known = "eval_loss, eval_perplexity, eval_token_accuracy"
+    with pytest.raises(UserError, match=f"'eval_los' is not measured in training. Choose from {known}"):
+        train(overfitting(best_metric="eval_los"))
