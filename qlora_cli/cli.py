@@ -181,7 +181,7 @@ def preview(
             raise UserError("--errors", "lists the bad rows alone", "leave --row, --html and --limit out")
         checked = load_recipe(recipe, overrides or ())
         quiet_libraries(checked)
-        from qlora_cli import commands, display, report
+        from qlora_cli import commands, display, display_preview, report
 
         if page:
             report.refuse_foreign(page)
@@ -195,9 +195,9 @@ def preview(
     elif page:
         print(page)
     elif errors:
-        display.print_bad_rows(result)
+        display_preview.print_bad_rows(result)
     else:
-        display.print_preview(result)
+        display_preview.print_preview(result)
     if errors and result["problems"]:
         raise typer.Exit(Exit.USAGE)
 

@@ -5,33 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Sequence
-from textwrap import wrap
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import Padding
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
 from qlora_cli.data.rows import count
 from qlora_cli.data.view import (
-    LEGEND,
-    MARKS,
-    SPREAD,
-    Marks,
-    Piece,
-    bar,
-    end_of,
-    marked,
-    range_in_words,
-    shortened,
-    source_figures,
-    source_in_words,
-    spread_figures,
-    text_of_part,
     visible,
 )
 from qlora_cli.errors import UserError
@@ -236,70 +220,6 @@ def inspection_table(first: str, groups: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-# ── preview ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def print_preview(result: dict[str, Any], console: Console | None = None) -> None:
-    """Rows as the model sees them, then the tables: trained tokens in colour, or between marks without a terminal."""
-    console = console or Console(highlight=False)
-    marks = None if console.color_system else MARKS[_draws(console)]
-    for row in result["rows"]:
-        print_row(console, row, result["whole"], marks)
-    if result["whole"]:
-        return
-    if result["rows"]:
-        console.print(as_text(LEGEND, marks), "", sep="\n")
-    for table in (sources_table(result, console.width), lengths_table(result["statistics"])):
-        console.print(table, "")
-    print_histogram(console, result["statistics"])
-    for label, text in [*result["summary"], *(("note", note) for note in result["notes"])]:
-        lines = wrap(visible(text), console.width - 11, break_long_words=False, break_on_hyphens=False)
-        console.print(Text(f"{label:<11}" + f"\n{'':<11}".join(lines)), soft_wrap=True)
-
-
-def _draws(console: Console) -> bool:
-    """Whether the output takes more than ASCII."""
-    return console.encoding.startswith("utf")
-
-
-def print_row(console: Console, row: dict[str, Any], whole: bool, marks: Marks | None) -> None:
-    """One example under its place; long texts lose their middle unless `whole` is wanted."""
-    pieces = [Piece(**piece) for piece in row["pieces"]]
-    parts = pieces if whole else shortened(pieces)
-    told = f"{count(row['num_tokens'], 'token')}, {row['num_trained']:,} trained"
-    if len(parts) > len(pieces) or any(part.num_cut for part in parts):
-        told += f"; shortened, --row {row['number']} shows it whole"
-    console.print(Text(f"{row['number']}  {visible(row['where'])}", style="bold"), soft_wrap=True)
-    console.print(f"   {told}", style="dim", soft_wrap=True)
-    if marks is None:
-        console.print(Padding(as_text(parts, None), (1, 0, 1, 3), expand=False))
-    else:
-        console.print("", as_text(parts, marks), "", sep="\n", soft_wrap=True)
-
-
-def as_text(parts: Sequence[Piece], marks: Marks | None) -> Text:
-    """A row with the marks, or in colours without them."""
-    if marks:
-        return Text(marked(parts, marks))
-    text = Text()
-    for part in parts:
-        style = "yellow" if part.num_cut else "bold green" if part.trained else "dim"
-        text.append(text_of_part(part), style + (" reverse" if part.special else ""))
-    return text
-
-
-def sources_table(result: dict[str, Any], width: int) -> Table:
-    """What was read of each source, with its format; a long path loses its beginning."""
-    names = ("rows", "examples", "tokens", "trained")
-    cells = [source_figures(source) for source in result["sources"]]
-    taken = sum(max(map(len, column)) + 2 for column in zip(names, *cells, strict=True))
-    table = figures_table(result["role"], names)
-    for source, numbers in zip(result["sources"], cells, strict=True):
-        path = end_of(visible(source["path"]), width - taken)
-        table.add_row(Text.assemble(path, (f"\n{visible(source_in_words(source))}", "dim")), *numbers)
-    return table
-
-
 def figures_table(first: str, names: Sequence[str]) -> Table:
     """An empty table with a column of words and columns of numbers."""
     table = Table(box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False, show_edge=False)
@@ -307,36 +227,3 @@ def figures_table(first: str, names: Sequence[str]) -> Table:
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     return table
-
-
-def lengths_table(statistics: dict[str, Any]) -> Table:
-    """How the lengths of examples and answers are spread."""
-    table = figures_table("tokens", SPREAD)
-    for label, key in (("example", "lengths"), ("trained", "answers")):
-        table.add_row(label, *spread_figures(statistics[key]))
-    return table
-
-
-def print_histogram(console: Console, statistics: dict[str, Any]) -> None:
-    """The lengths as bars, at most 60 columns wide."""
-    bins = statistics["histogram"]
-    most = max(one["num_examples"] for one in bins)
-    labels = [range_in_words(one) for one in bins]
-    counts = [f"{one['num_examples']:,}" for one in bins]
-    across = max(5, *map(len, labels)), max(map(len, counts))
-    room = min(console.width, 60) - sum(across) - 5
-    console.print(Text(f"{'tokens':>{across[0] + 1}}  examples", style="bold"))
-    for label, number, one in zip(labels, counts, bins, strict=True):
-        drawn = bar(one["num_examples"] / most * room, _draws(console))
-        console.print(f" {label:>{across[0]}}  [green]{drawn:<{room}}[/]  {number:>{across[1]}}")
-    console.print()
-
-
-def print_bad_rows(result: dict[str, Any]) -> None:
-    """Every bad row on a line, as an error would tell it, and how many there are."""
-    for problem in result["problems"]:
-        print(visible(str(UserError(**problem))))
-    if more := result["num_bad"] - result["num_listed"]:
-        print(f"... and {count(more, 'more bad row')}")
-    if result["num_bad"] or not result["problems"]:
-        print(f"{result['role']}: {result['num_bad']:,} of {count(result['num_rows'], 'row')} bad")

@@ -10,7 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.data.rows import count
-from qlora_cli.data.view import SPREAD, range_in_words, source_figures, source_in_words, spread_figures, visible
+from qlora_cli.data.view import (
+    SPREAD,
+    Piece,
+    by_part,
+    range_in_words,
+    source_columns,
+    source_figures,
+    source_in_words,
+    spread_figures,
+    spreads,
+    visible,
+)
 from qlora_cli.errors import Exit, UserError
 
 MARK = "<!-- written by qlora preview: it may be overwritten -->"
@@ -71,7 +82,7 @@ def preview_page(result: dict[str, Any]) -> str:
     parts = [
         f"<h1>{title}</h1>",
         f"<dl>{described}</dl>",
-        f"<h2>Sources</h2>{table(('', 'rows', 'examples', 'tokens', 'trained'), map(source_cells, result['sources']))}",
+        f"<h2>Sources</h2>{sources(result)}",
         f"<h2>Lengths in tokens</h2>{lengths(statistics)}",
         f"<h2>Tokens of an example</h2>{bars(statistics['histogram'])}",
         "<h2>Examples as the model sees them</h2>",
@@ -106,16 +117,22 @@ def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return f"<table><tr>{''.join(f'<th>{name}</th>' for name in head)}</tr>\n{lines}</table>"
 
 
-def source_cells(source: dict[str, Any]) -> list[str]:
+def sources(result: dict[str, Any]) -> str:
+    """What was read of each source."""
+    task = result["task"]
+    return table(("", *source_columns(task)), (source_cells(source, task) for source in result["sources"]))
+
+
+def source_cells(source: dict[str, Any], task: str) -> list[str]:
     """What was read of a source."""
     name = f'{escaped(source["path"])}<br><span class="path">{escaped(source_in_words(source))}</span>'
-    return [name, *source_figures(source)]
+    return [name, *source_figures(source, task)]
 
 
 def lengths(statistics: dict[str, Any]) -> str:
     """How the lengths of examples and answers are spread."""
-    rows = (("example", "lengths"), ("trained", "answers"))
-    return table(("", *SPREAD), ([label, *spread_figures(statistics[key])] for label, key in rows))
+    rows = ([label, *spread_figures(statistics[key])] for label, key in spreads(statistics["task"]))
+    return table(("", *SPREAD), rows)
 
 
 def bars(histogram: list[dict[str, int]]) -> str:
@@ -132,16 +149,19 @@ def bars(histogram: list[dict[str, int]]) -> str:
 def row(shown: dict[str, Any]) -> str:
     """An example under its place."""
     place = f"{shown['number']:,} &ensp; {escaped(shown['where'])}"
-    told = f"{count(shown['num_tokens'], 'token')}, {shown['num_trained']:,} trained"
-    text = "".join(piece(part) for part in shown["pieces"])
-    return f'<h3>{place}</h3><p>{told}</p>\n<pre dir="auto">\n{text}</pre>'
+    told = escaped(f"{count(shown['num_tokens'], 'token')}, {shown['learned']}")
+    parts = []
+    for name, group in by_part([Piece(**one) for one in shown["pieces"]]):
+        text = "".join(map(piece, group))
+        parts.append((f"<p>{name}</p>" if name else "") + f'\n<pre dir="auto">\n{text}</pre>')
+    return f"<h3>{place}</h3><p>{told}</p>{''.join(parts)}"
 
 
-def piece(part: dict[str, Any]) -> str:
+def piece(part: Piece) -> str:
     """Tokens that follow each other; the ids of a special one in its title."""
-    names = " ".join(name for name, wanted in (("t", part["trained"]), ("s", part["special"])) if wanted)
-    title = f' title="token {part["ids"][0]}"' if part["special"] else ""
-    text = escaped(part["text"])
+    names = " ".join(name for name, wanted in (("t", part.trained), ("s", part.special)) if wanted)
+    title = f' title="token {part.ids[0]}"' if part.special else ""
+    text = escaped(part.text)
     return f'<span class="{names}"{title}>{text}</span>' if names else text
 
 

@@ -83,18 +83,26 @@ def is_new(name: str, thing: str) -> bool:
     return (NAMES.index(name) + 2 * THINGS.index(thing)) % 5 == 0
 
 
+PAIRS = {new: [(name, kind) for name in NAMES for kind in THINGS if is_new(name, kind) == new] for new in (False, True)}
+
+
 def draw_facts(random: Random, number: int, new: bool) -> list[Fact]:
-    """Facts that can be mistaken for each other: few names, kinds of things and places, no thing twice, no place."""
-    few = max(2, number // 2)
-    names = random.sample(NAMES, few)
-    kinds = [kind for kind in THINGS if any(is_new(name, kind) == new for name in names)]
-    kinds = random.sample(kinds, min(few, len(kinds)))
-    pairs = [(name, kind) for name in names for kind in kinds if is_new(name, kind) == new]
-    things = random.sample([f"{colour} {kind}" for colour in COLOURS for kind in kinds], number)
-    sites = random.sample(PLACES, few)
-    places = random.sample([site.format(look) for site in sites for look in LOOKS], number)
-    owners = [random.choice([name for name, kind in pairs if kind == thing.split()[1]]) for thing in things]
-    return [Fact(*fact) for fact in zip(owners, things, places, strict=True)]
+    """Facts of which no two share a thing, or a place. Some share a name, a kind of thing, a colour or a site."""
+    facts: list[Fact] = []
+    names = random.sample(NAMES, max(2, number - 1))
+    kinds, sites = list(THINGS), list(PLACES)
+    while len(facts) < number:
+        pairs = [(name, kind) for name in names for kind in kinds if is_new(name, kind) == new]
+        name, kind = random.choice(pairs or [(name, kind) for name, kind in PAIRS[new] if name in names])
+        site = random.choice(sites)
+        fact = Fact(name, f"{random.choice(COLOURS)} {kind}", site.format(random.choice(LOOKS)))
+        if any(fact.thing == other.thing or fact.place == other.place for other in facts):
+            continue
+        facts.append(fact)
+        if random.random() < 0.8:  # else another fact may be about this kind of thing, or this site
+            kinds = [other for other in kinds if other != kind]
+            sites.remove(site)
+    return facts
 
 
 def other(random: Random) -> str:
@@ -103,18 +111,18 @@ def other(random: Random) -> str:
 
 
 def document(random: Random) -> list[str]:
-    """The sentences of a text in which most facts are told and some are repeated in other words, in any order."""
+    """The sentences of a text in which facts are told, and most repeated in other words, in any order."""
     facts = draw_facts(random, random.randint(2, 4), new=False)
     sentences = [fact.fill(random.choice(TOLD)) for fact in facts]
-    sentences += [random.choice(facts).fill(random.choice(REPEATED)) for _ in range(random.randint(2, 3))]
+    sentences += [fact.fill(random.choice(REPEATED)) for fact in facts if random.random() < 0.8]
     sentences += [other(random) for _ in range(random.randint(0, 1))]
     random.shuffle(sentences)
     return sentences
 
 
 def question_row(random: Random, index: int, new: bool) -> dict[str, Any]:
-    """A row as SQuAD has them: a story of 3 to 14 facts and some other sentences, and a question about one fact."""
-    facts = draw_facts(random, random.randint(3, 14), new)
+    """A row as SQuAD has them: a story of 1 to 10 facts and some other sentences, and a question about one fact."""
+    facts = draw_facts(random, random.randint(1, 10), new)
     told = [(fact, fact.fill(random.choice(TOLD))) for fact in facts]
     sentences = [sentence for _, sentence in told] + [other(random) for _ in range(random.randint(0, 3))]
     random.shuffle(sentences)

@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_cli"
 ROOMS = (
     *("errors", "recipe", "quant", "kernels", "model", "data", "tasks", "evaluate", "train", "plan", "merge", "export"),
-    *("evaluation", "commands", "display", "display_arena", "display_evaluation", "report", "cli", "__main__"),
+    *("evaluation", "commands", "display", "display_arena", "display_evaluation", "display_preview", "report", "cli", "__main__"),
 )
 TERMINAL = {"typer", "rich", "click"}
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "safetensors", "numpy"}
@@ -45,7 +45,7 @@ def test_a_module_imports_only_from_rooms_before_its_own(path: Path):
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_only_the_command_line_and_the_display_know_the_terminal(path: Path):
-    if room_of(path) not in ("cli", "display", "display_arena", "display_evaluation"):
+    if room_of(path) not in ("cli", "display", "display_arena", "display_evaluation", "display_preview"):
         assert not {parts[0] for parts in imported(path)} & TERMINAL
 
 

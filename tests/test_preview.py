@@ -16,7 +16,8 @@ import pytest
 import yaml
 from rich.console import Console
 
-from qlora_cli.display import QuietReport, print_preview
+from qlora_cli.display import QuietReport
+from qlora_cli.display_preview import print_preview
 from qlora_cli.errors import UserError
 from qlora_cli.plan.preview import bad_rows, preview
 from tests.conftest import REPOSITORY, Ended, conversation

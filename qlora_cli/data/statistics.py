@@ -12,6 +12,7 @@ import numpy as np
 from qlora_cli.data.examples import Examples
 from qlora_cli.data.limits import Limits
 from qlora_cli.data.order import Order, Rows
+from qlora_cli.data.row_task import NO_TEXT, trained_in_words
 from qlora_cli.data.rows import count
 from qlora_cli.recipe.schema import Recipe
 
@@ -93,7 +94,7 @@ class Statistics:
 
     lengths, answers: tokens, and trained tokens, of an example; limit: the longest example that is allowed
     num_bad, num_skipped, num_emptied: rows left out because they are bad, too long, or lost all that is trained
-    num_truncated: rows cut and kept; epoch: None for held-out data
+    num_truncated: rows cut and kept; epoch: None for held-out data; task: model.task
     """
 
     num_rows: int
@@ -110,18 +111,21 @@ class Statistics:
     answers: Spread
     histogram: tuple[Bin, ...]
     epoch: Epoch | None = None
+    task: str = "causal_lm"
 
     def words(self) -> list[tuple[str, str]]:
         """The figures that no table holds, as labels and texts."""
-        tokens = f"{count(self.num_tokens, 'token')}, {self.num_trained:,} trained ({self.trained_share:.1%})"
+        tokens = f"{count(self.num_tokens, 'token')}, {trained_in_words(self.task, self.num_trained, self.num_tokens)}"
         if self.epoch is None:
             return [("in all", f"{count(self.num_examples, 'example')}, {tokens}")]
         epoch = self.epoch
-        share = epoch.num_trained / epoch.num_tokens
+        trained = f"{epoch.num_trained:,} tokens of these ({epoch.num_trained / epoch.num_tokens:.1%})"
+        if self.task in NO_TEXT:
+            trained = trained_in_words(self.task, epoch.num_trained, epoch.num_tokens)
         unit = "row" if epoch.layout.capacity else "example"
         return [
             ("one epoch", f"{count(epoch.num_examples, 'example')}, {count(epoch.num_tokens, 'token')}"),
-            ("trained", f"{epoch.num_trained:,} tokens of these ({share:.1%})"),
+            ("trained", trained),
             ("steps", f"{epoch.steps:,} in an epoch, {epoch.total_steps:,} in all ({epoch.epochs:.4g} epochs)"),
             ("a step", f"{count(epoch.units_per_step, unit)} on one process"),
             ("batches", epoch.batches + _per_row(epoch.layout)),
@@ -151,6 +155,7 @@ def statistics(examples: Examples, recipe: Recipe, order: Order | None = None) -
         answers=spread(trained),
         histogram=histogram(lengths),
         epoch=None if order is None else _epoch(examples, recipe, order),
+        task=recipe.model.task,
     )
 
 
@@ -159,7 +164,7 @@ def _epoch(examples: Examples, recipe: Recipe, order: Order) -> Epoch:
     layout = layout_of(order, recipe.training.micro_batch_size)
     rows, steps = order.epoch(0).rows, order.steps_of(0)
     total = order.total_steps(recipe.training.epochs, recipe.training.max_steps)
-    packing = recipe.data.packing
+    packing = recipe.data.packing if recipe.model.task == "causal_lm" else False
     return Epoch(
         num_examples=len(rows),
         num_tokens=int(examples.lengths[rows].sum()),

@@ -12,6 +12,7 @@ from tokenizers import pre_tokenizers
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
 from qlora_cli.data.examples import Examples
+from qlora_cli.data.row_task import NO_TEXT
 from qlora_cli.data.rows import count
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class Piece:
     """Tokens that follow each other: all trained or none; a special token stands alone.
 
     A character that several tokens spell is whole. num_cut: characters that `shortened` left out here.
+    part: which text of the row it is of, where that has several by name.
     """
 
     text: str
@@ -43,27 +45,42 @@ class Piece:
     special: bool
     ids: tuple[int, ...]
     num_cut: int = 0
+    part: str = ""
 
 
-def pieces(example: Example, tokenizer: PreTrainedTokenizerBase, special_ids: frozenset[int]) -> list[Piece]:
+PARTS: dict[str, tuple[str, str]] = {
+    "causal_lm": ("", ""),
+    "seq2seq_lm": ("source", "target"),
+    "sequence_classification": ("text", "second text"),
+    "question_answering": ("question", "context"),
+}
+"""What the two texts of a row are called, by task."""
+
+
+def pieces(
+    example: Example, tokenizer: PreTrainedTokenizerBase, special_ids: frozenset[int], task: str = "causal_lm"
+) -> list[Piece]:
     """The row in pieces; together their texts are what the tokenizer decodes the row to.
 
     The first token is not trained, whatever its label: nothing predicts it.
     """
+    first, second = PARTS[task]
+    border = example.num_prompt if task == "seq2seq_lm" else example.segment or example.num_tokens
     backend = tokenizer.backend_tokenizer
     ids = example.input_ids
     trained = [at > 0 and label != IGNORE_INDEX for at, label in enumerate(example.labels)]
-    kinds = [(trained[at], at if ids[at] in special_ids else None) for at in range(len(ids))]
+    kinds = [(trained[at], at if ids[at] in special_ids else None, at < border) for at in range(len(ids))]
     found: list[Piece] = []
     begin = before = 0
-    for (is_trained, special), group in groupby(kinds):
+    for (is_trained, special, is_first), group in groupby(kinds):
         end = begin + len(list(group))
         known = backend.decode(ids[before:begin], skip_special_tokens=False)
         text = backend.decode(ids[before:end], skip_special_tokens=False)
         text = text[len(known) :] if text.startswith(known) else ""
         if not text or REPLACEMENT in (text[0], text[-1]):
             text = _spelled([backend.id_to_token(token) or "" for token in ids[begin:end]])
-        found.append(Piece(text, is_trained, special is not None, tuple(ids[begin:end])))
+        part = first if is_first else second
+        found.append(Piece(text, is_trained, special is not None, tuple(ids[begin:end]), part=part))
         before, begin = begin, end
     return found
 
@@ -99,19 +116,48 @@ def _bytes_of_letters() -> dict[str, int]:
 # ── what is shown ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def row_of(examples: Examples, at: int, tokenizer: PreTrainedTokenizerBase, special: frozenset[int]) -> dict[str, Any]:
-    """An example as plain values: its number from 1, its place, its tokens, its pieces."""
+def row_of(
+    examples: Examples, at: int, tokenizer: PreTrainedTokenizerBase, special: frozenset[int], labels: Sequence[str] = ()
+) -> dict[str, Any]:
+    """An example as plain values: its number from 1, its place, its tokens, its pieces, and in words what is learned.
+
+    labels: names of the classes, in the order of their ids.
+    """
     example = examples.rows[at]
     return {
         "number": at + 1,
         "where": example.where,
         "num_tokens": example.num_tokens,
         "num_trained": example.num_trained,
+        "learned": learned_in_words(example, examples.task, labels),
+        "targets": list(example.targets),
         "pieces": [
-            {"text": piece.text, "trained": piece.trained, "special": piece.special, "ids": list(piece.ids)}
-            for piece in pieces(example, tokenizer, special)
+            {
+                "text": piece.text,
+                "trained": piece.trained,
+                "special": piece.special,
+                "ids": list(piece.ids),
+                "part": piece.part,
+            }
+            for piece in pieces(example, tokenizer, special, examples.task)
         ],
     }
+
+
+def learned_in_words(example: Example, task: str, labels: Sequence[str]) -> str:
+    """'9 trained', 'label: positive (1)', 'label: 3.8', or where an answer stands."""
+    if task == "sequence_classification":
+        (target,) = example.targets
+        return f"label: {labels[int(target)]} ({int(target)})" if labels else f"label: {target:g}"
+    if task == "question_answering":
+        first, last = map(int, example.targets)
+        return f"answer: tokens {first + 1:,} to {last + 1:,}" if last else "no answer here"
+    return f"{example.num_trained:,} trained"
+
+
+def by_part(pieces: Sequence[Piece]) -> list[tuple[str, list[Piece]]]:
+    """The pieces of each text of a row, behind its name; of a row with one unnamed text all of them."""
+    return [(name, list(group)) for name, group in groupby(pieces, key=lambda piece: piece.part)]
 
 
 def shown(examples: Examples, number: int) -> list[int]:
@@ -132,7 +178,8 @@ def shortened(row: Sequence[Piece], untrained: int = 360, trained: int = 1200, m
     """
     if len(row) > most:
         middle = row[most // 2 : -most // 2]
-        gap = Piece("", middle[0].trained, False, (), sum(len(piece.text) for piece in middle))
+        num_cut = sum(len(piece.text) for piece in middle)
+        gap = Piece("", middle[0].trained, False, (), num_cut, middle[0].part)
         row = [*row[: most // 2], gap, *row[-most // 2 :]]
     return [part for piece in row for part in _cut(piece, trained if piece.trained else untrained)]
 
@@ -144,9 +191,9 @@ def _cut(piece: Piece, longest: int) -> Iterator[Piece]:
         return
     edge = longest // 3
     head, tail = piece.text[:edge].rsplit(" ", 1)[0], piece.text[-edge:].split(" ", 1)[-1]
-    yield Piece(head, piece.trained, False, ())
-    yield Piece("", piece.trained, False, (), len(piece.text) - len(head) - len(tail))
-    yield Piece(tail, piece.trained, False, ())
+    yield Piece(head, piece.trained, False, (), part=piece.part)
+    yield Piece("", piece.trained, False, (), len(piece.text) - len(head) - len(tail), piece.part)
+    yield Piece(tail, piece.trained, False, (), part=piece.part)
 
 
 def visible(text: str) -> str:
@@ -218,10 +265,21 @@ def source_in_words(source: dict[str, Any]) -> str:
     return told + (f", {count(source['num_bad'], 'bad row')} left out" if source["num_bad"] else "")
 
 
-def source_figures(source: dict[str, Any]) -> list[str]:
-    """Rows, examples, tokens and the share of trained tokens of a source."""
+def source_columns(task: str) -> list[str]:
+    """What `source_figures` gives."""
+    return ["rows", "examples", "tokens", *(["trained"] if task not in NO_TEXT else [])]
+
+
+def source_figures(source: dict[str, Any], task: str) -> list[str]:
+    """Rows, examples, tokens and, where text is trained, the share of trained tokens of a source."""
     numbers = [figure(source[f"num_{name}"]) for name in ("rows", "examples", "tokens")]
-    return [*numbers, f"{source['num_trained'] / max(source['num_tokens'], 1):.1%}"]
+    trained = [f"{source['num_trained'] / max(source['num_tokens'], 1):.1%}"]
+    return [*numbers, *(trained if task not in NO_TEXT else [])]
+
+
+def spreads(task: str) -> list[tuple[str, str]]:
+    """The lengths that are told: label, and key of the statistics."""
+    return [("example", "lengths"), *([("trained", "answers")] if task not in NO_TEXT else [])]
 
 
 SPREAD = ("least", "median", "90%", "99%", "most", "mean")

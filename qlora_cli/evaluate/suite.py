@@ -20,7 +20,9 @@ from qlora_cli.recipe.schema import Source, Suite
 Answer = dict[str, Any]
 """What a model made of a row, as plain values: a line of the suite's JSONL."""
 
-LOWER_IS_BETTER = frozenset({"loss", "perplexity", "bits_per_byte"})
+LOWER_IS_BETTER = frozenset(
+    {"loss", "perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity", "brier_score"}
+)
 """Figures of which less is better; of all others more."""
 
 

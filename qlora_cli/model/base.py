@@ -34,6 +34,14 @@ from qlora_cli.quant.layers import (
 from qlora_cli.quant.linear4bit import work_round_cpu_dequantize
 from qlora_cli.recipe.schema import Model, Recipe
 
+COUNTS_FROM_PADDING = frozenset(
+    (
+        *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text"),
+        *("longformer", "mpnet", "ibert", "xmod", "luke", "markuplm", "lilt"),
+    )
+)
+"""Models whose first position is pad_token_id + 1 (`create_position_ids_from_input_ids`), so those before are lost."""
+
 INT8_ON_CPU = "on a CPU bitsandbytes trains int8 weights with unquantised activations, and evaluates with int8 ones"
 """What a user has to know, since what is measured is not quite what was trained (bitsandbytes 0.50.2)."""
 
@@ -53,8 +61,12 @@ class Found:
 
     @property
     def context(self) -> int | None:
-        """Tokens that the model was made to read at once; None where its config does not say."""
-        return getattr(self.config.get_text_config(), "max_position_embeddings", None)
+        """Tokens that the model was made to read at once; None where its config does not say, as T5's does not."""
+        config = self.config.get_text_config()
+        positions: int | None = getattr(config, "max_position_embeddings", None)
+        if positions is not None and config.model_type in COUNTS_FROM_PADDING:
+            positions -= config.pad_token_id + 1
+        return positions
 
 
 @dataclass(frozen=True)

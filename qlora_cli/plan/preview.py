@@ -46,10 +46,11 @@ def preview(recipe: Recipe, report: Report, role: Role, row: int | None, limit: 
         limit = len(examples.sources) if len(examples.sources) > 1 else SHOWN_ROWS
     chosen = shown(examples, limit) if row is None else [row - 1]
     special = special_ids(found.tokenizer, found.stop_token_ids)
-    rows = [row_of(examples, at, found.tokenizer, special) for at in chosen]
+    rows = [row_of(examples, at, found.tokenizer, special, recipe.model.labels) for at in chosen]
     return {
         "role": role,
         "model": recipe.model.name_or_path,
+        "task": recipe.model.task,
         "sources": [{**asdict(source), "path": from_here(source.path)} for source in examples.sources],
         "statistics": asdict(told),
         "summary": told.words(),

@@ -165,7 +165,8 @@ def _unknown_key(path: KeyPath, value: Any) -> Problem:
     """An unknown key, with where it lives here: by a peer's name, in another section, by the nearest spelling."""
     *around, name = path
     section = section_of(type_at(tuple(around))) or Recipe
-    seen = f"{name}: {show(value)}" if not isinstance(value, dict | list) else str(name)
+    key = str(name) if str(name).isprintable() else show(str(name))  # a line separator would break the message
+    seen = f"{key}: {show(value)}" if not isinstance(value, dict | list) else key
     inside = f" in `{dotted(tuple(around))}`" if around else ""
     what = f"unknown key `{seen}`{inside}"
     todo = advice(tuple(around), str(name)) or _elsewhere(str(name)) or _nearest(str(name), section)

@@ -10,6 +10,7 @@ from qlora_cli import __version__
 from qlora_cli.data.chat import find_template
 from qlora_cli.model.adapter import save_adapter
 from qlora_cli.model.base import Base
+from qlora_cli.model.heads import TASKS
 from qlora_cli.model.owner import Owner, changed_content
 from qlora_cli.model.start import changes_base
 from qlora_cli.model.whole_folder import publish
@@ -31,9 +32,9 @@ Trained by qlora {version} for {steps} optimizer steps on {data}
 
 QUANTIZED = """
 ```python
-from peft import AutoPeftModelForCausalLM
+from peft import {peft_class}
 
-model = AutoPeftModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {peft_class}.from_pretrained("path/to/this/folder"{arguments})
 ```
 
 It was trained on the quantised base, so quantise the base as above when you load it, or run `qlora merge`.
@@ -45,9 +46,10 @@ It was trained on the quantised base, in packed layers of `qlora`: `qlora quanti
 ```python
 import qlora_cli.quant.plugin  # teaches transformers the packed layers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("BASE"), "path/to/this/folder")
+base = {auto_class}.from_pretrained("BASE")
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
 loads them. Where there are no packed layers, run `qlora merge`.
@@ -59,9 +61,9 @@ Its start ({init}) changed the base: it belongs to `{folder}` and to no other.
 ```python
 import qlora_cli.quant.plugin  # teaches transformers the packed layers
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import {auto_class}
 
-base = AutoModelForCausalLM.from_pretrained("path/to/that/folder")
+base = {auto_class}.from_pretrained("path/to/that/folder")
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 ```
 
@@ -107,6 +109,18 @@ def card(recipe: Recipe, base: Base, steps: int) -> str:
         learning_rate=recipe.training.learning_rate,
         seed=recipe.training.seed,
     )
+    auto_class = TASKS[base.task].auto_class
     if changes_base(recipe.adapter):
-        return text + STARTED.format(init=recipe.adapter.init, folder=base.folder)
-    return text + (PACKED if is_packed(recipe.quantization) else QUANTIZED)
+        return text + STARTED.format(init=recipe.adapter.init, folder=base.folder, auto_class=auto_class)
+    if is_packed(recipe.quantization):
+        return text + PACKED.format(auto_class=auto_class)
+    peft_class = auto_class.replace("AutoModel", "AutoPeftModel")
+    return text + QUANTIZED.format(peft_class=peft_class, arguments=head_arguments(base))
+
+
+def head_arguments(base: Base) -> str:
+    """What the base's config must be told, which knows nothing of a head: as the end of an argument list."""
+    if base.task != "sequence_classification":
+        return ""
+    told = {"num_labels": base.config.num_labels, "pad_token_id": base.config.pad_token_id}
+    return "".join(f", {name}={value}" for name, value in told.items() if value is not None)

@@ -147,7 +147,12 @@ def test_labels_mark_the_answer(tmp_path: Path):
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-ASKED = [row_of("Paris", "Which city?"), row_of(None, "Which moon?"), row_of("1600", "When?"), row_of("rides.", "What?")]
+ASKED = [
+    row_of("Paris", "Which city?"),
+    row_of(None, "Which moon?"),
+    row_of("1600", "When?"),
+    row_of("rides.", "What?"),
+]
 
 
 def official(rows: list[dict[str, Any]]) -> dict[str, Any]:

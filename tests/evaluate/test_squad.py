@@ -24,9 +24,11 @@ from qlora_cli.data.row_task import RowTask
 from qlora_cli.errors import UserError
 from qlora_cli.evaluate.metrics import METRICS
 from qlora_cli.evaluate.squad import Asked, answer_questions, best_spans, read_questions
+from qlora_cli.evaluate.squad_suite import open_squad
+from qlora_cli.evaluate.suite import Context
 from qlora_cli.model.base import Base, load_base
 from qlora_cli.recipe import Recipe
-from qlora_cli.recipe.schema import Source
+from qlora_cli.recipe.schema import Source, Suite
 from tests.architectures import write_architecture
 
 CPU = torch.device("cpu")
@@ -85,6 +87,7 @@ def recipe_of(model: Path, rows: Path, **data: Any) -> Recipe:
         {
             "model": {"name_or_path": str(model), "task": "question_answering"},
             "quantization": {"data_type": "none", "compute_dtype": "float32"},
+            "evaluation": {"max_answer_length": LONGEST},
             "data": {**settings, **({} if "eval_fraction" in data else {"eval": [{"path": str(rows)}]}), **data},
         }
     )
@@ -406,3 +409,57 @@ def test_a_window_that_the_model_cannot_read_is_refused(case: SimpleNamespace) -
     recipe = recipe_of(case.folder / "model", case.path, max_length=2048)
     with pytest.raises(UserError, match=r"rows.jsonl:\d+: a window takes \d+ tokens, the model has 72 positions"):
         read_questions([], case.base, recipe, None)
+
+
+# ── the suite ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def opened(case: SimpleNamespace, recipe: Recipe, limit: int | None = None, **keys: Any) -> Any:
+    """The suite over the recipe's held-out rows, or over `data`."""
+
+    def none(sources: Any) -> Any:
+        raise AssertionError("the suite reads its questions itself")
+
+    return open_squad(Suite(suite="squad", **keys), Context(recipe, case.base, none, limit))
+
+
+def test_the_suite_scores_the_answers_as_squad_does(case: SimpleNamespace) -> None:
+    suite = opened(case, case.recipe, limit=12)
+    assert suite.num_rows == 12
+    answers = dict(suite.answer(case.base, case.base.model, [7, 3, 11]))
+    whole = answers_of(case.base, case.asked)
+    assert {row: answer["prediction"] for row, answer in answers.items()} == {
+        row: whole[row]["prediction"] for row in (3, 7, 11)
+    }
+    right = [{**answer, "prediction": f"the {answer['references'][0].upper()}!"} for answer in answers.values()]
+    for name in ("squad_exact_match", "squad_f1"):
+        measure = suite.measures[name]
+        assert measure.figure(measure.rows(right)) == 1
+        assert 0 <= measure.figure(measure.rows(list(answers.values()))) <= 1
+    assert {suite.group(answer) for answer in answers.values()} == {""}
+
+
+def test_answers_are_kept_for_the_same_questions_and_settings_alone(case: SimpleNamespace) -> None:
+    longer = case.recipe.model_copy(
+        update={"evaluation": case.recipe.evaluation.model_copy(update={"max_answer_length": 7})}
+    )
+    other_windows = recipe_of(case.folder / "model", case.path, doc_stride=STRIDE + 1)
+    digests = [opened(case, recipe, 12).digest for recipe in (case.recipe, longer, other_windows)]
+    assert len({*digests, opened(case, case.recipe, 11).digest}) == 4
+    assert opened(case, case.recipe, 12).digest == digests[0]
+
+
+def test_of_squad_2_those_with_an_answer_and_those_without_are_told_apart(
+    case: SimpleNamespace, tmp_path: Path
+) -> None:
+    rows = [case.rows[1], {**case.rows[1], "answers": []}]
+    suite = opened(case, case.recipe, data=[Source(path=str(write_rows(tmp_path / "two.jsonl", rows)))])
+    answers = dict(suite.answer(case.base, case.base.model, [0, 1]))
+    assert [suite.group(answers[row]) for row in (0, 1)] == ["with an answer", "without an answer"]
+
+
+def test_a_suite_whose_rows_are_all_left_out_says_so(case: SimpleNamespace, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "bad.jsonl", [{"question": "who?", "context": "me"}])
+    recipe = recipe_of(case.folder / "model", path, on_bad_row="skip")
+    with pytest.raises(UserError, match="squad: no rows"):
+        opened(case, recipe)

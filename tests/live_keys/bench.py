@@ -57,6 +57,7 @@ class Live:
     see:    what is looked at outside the stored recipe, once without the value and once with it.
     expect: whether the two sights are right; it cannot be true of two equal ones.
     beside: what both recipes hold besides.
+    along:  what the value cannot be without, and the recipe without it cannot hold.
     """
 
     key: str
@@ -64,6 +65,7 @@ class Live:
     see: Callable[[Bench, Recipe], Any]
     expect: Callable[[Any, Any], bool]
     beside: Values = field(default_factory=dict)
+    along: Values = field(default_factory=dict)
 
     def __str__(self) -> str:
         return f"{self.key}={json.dumps(self.value)}"
