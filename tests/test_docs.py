@@ -119,3 +119,26 @@ def test_errors_on_the_page_of_the_papers_are_measured_ones():
     found = set(re.findall(r"\b0\.\d{4}\b", (REPOSITORY / "docs" / "papers.md").read_text()))
     assert len(found) > 10
     assert {figure for figure in found if figure not in measured} == set()
+
+
+def test_the_page_on_evaluation_has_every_metric_and_every_suite():
+    from qlora_cli.evaluate.metrics import METRICS
+    from qlora_cli.evaluate.suites import SUITES
+
+    page = (REPOSITORY / "docs" / "evaluation.md").read_text()
+    kinds = {"text": "texts", "label": "classes", "value": "numbers"}
+    for name, metric in METRICS.items():
+        assert f"| `{name}` | {kinds[metric.kind]} | {metric.about} |" in page
+    for name in SUITES:
+        assert f"\n| `{name}` |" in page, f"the suite {name} is not told of"
+
+
+def test_the_evaluations_of_the_page_are_valid_recipes(tmp_path):
+    page = (REPOSITORY / "docs" / "evaluation.md").read_text()
+    base = "model: {name_or_path: here/model}\ndata: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}]}\n"
+    suites, training = re.findall(r"```yaml\n(.*?)```", page, re.DOTALL)
+    named = training.replace("evaluation:\n", "evaluation:\n  suites: [{suite: loss, name: quiz}]\n")
+    for text in (suites, named):
+        path = tmp_path / "my.yaml"
+        path.write_text(base + text)
+        assert load_recipe(path).evaluation.suites

@@ -10,7 +10,17 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "qlora_cli"
 ROOMS = (
     *("errors", "recipe", "quant", "kernels", "model", "data", "tasks", "evaluate", "train", "plan", "merge", "export"),
-    *("evaluation", "commands", "display", "display_arena", "display_evaluation", "display_preview", "report", "cli", "__main__"),
+    *(
+        "evaluation",
+        "commands",
+        "display",
+        "display_arena",
+        "display_evaluation",
+        "display_preview",
+        "report",
+        "cli",
+        "__main__",
+    ),
 )
 TERMINAL = {"typer", "rich", "click"}
 HEAVY = {"torch", "transformers", "datasets", "accelerate", "bitsandbytes", "peft", "safetensors", "numpy"}

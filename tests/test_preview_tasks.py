@@ -83,7 +83,8 @@ SHOWN = {
     ],
     "question_answering": [
         " tokens, answer: tokens ",
-        "\n\n   question\n‹<s>›Who?‹</s>›‹</s>›\n\n   context\nThe play about a prince was written by⟦ William⟧ Shakespeare in",
+        "\n\n   question\n‹<s>›Who?‹</s>›‹</s>›\n\n   context\nThe play about a prince "
+        "was written by⟦ William⟧ Shakespeare in",
         " tokens, no answer here\n",
         " answer spans\n",
     ],

@@ -31,10 +31,10 @@ def open_lm_eval(suite: Suite, context: Context) -> Opened:
     Figures are TASK.METRIC, of a group GROUP.METRIC, and with an answer's filter TASK.METRIC,FILTER.
     """
     where = f"evaluation.suites: {name_of(suite)}"
-    tasks = load_tasks(suite.tasks, where)
     limit = context.limit_of(suite)
     counts, read = {}, {}
-    with quiet():
+    with quiet(), seeded(torch.device("cpu")):
+        tasks = load_tasks(suite.tasks, where)
         for name, task in tasks.tasks.items():
             counts[name], read[name] = _rows_of(task, limit)
     if not all(counts.values()):

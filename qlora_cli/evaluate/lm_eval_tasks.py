@@ -41,18 +41,17 @@ def load_tasks(specs: Sequence[str], where: str) -> Tasks:
     """
     tasks: dict[str, Any] = {}
     groups: dict[str, Any] = {}
-    with quiet():
-        manager = _manager(specs, where)
-        for spec in [each for named in specs for each in _files_of(named, where)]:
-            if not is_task_path(spec) and spec not in manager.task_index:
-                near = difflib.get_close_matches(spec, manager.all_tasks, n=4)
-                todo = f"choose from {', '.join(near)}" if near else "`lm-eval ls tasks` lists them all"
-                raise UserError(where, f"lm-evaluation-harness has no task {spec!r}", f"{todo}, or name a YAML file")
-            found = _loaded(manager, spec, where)
-            if twice := sorted(tasks.keys() & found["tasks"].keys()):
-                raise UserError(where, f"the task {twice[0]!r} is named twice", "name it once, or rename one of them")
-            tasks |= found["tasks"]
-            groups |= found.get("groups", {})
+    manager = _manager(specs, where)
+    for spec in [each for named in specs for each in _files_of(named, where)]:
+        if not is_task_path(spec) and spec not in manager.task_index:
+            near = difflib.get_close_matches(spec, manager.all_tasks, n=4)
+            todo = f"choose from {', '.join(near)}" if near else "`lm-eval ls tasks` lists them all"
+            raise UserError(where, f"lm-evaluation-harness has no task {spec!r}", f"{todo}, or name a YAML file")
+        found = _loaded(manager, spec, where)
+        if twice := sorted(tasks.keys() & found["tasks"].keys()):
+            raise UserError(where, f"the task {twice[0]!r} is named twice", "name it once, or rename one of them")
+        tasks |= found["tasks"]
+        groups |= found.get("groups", {})
     for name, task in tasks.items():
         _refuse_task(name, task, where)
         if task.get_config("num_fewshot") is None:
@@ -131,7 +130,7 @@ def quiet() -> Iterator[None]:
     datasets.disable_progress_bars()
     with ExitStack() as stack:
         stack.enter_context(quiet_loading())
-        for module in ("lm_eval.api.task", "lm_eval.models.huggingface"):
+        for module in ("lm_eval.api.model", "lm_eval.api.task", "lm_eval.models.huggingface"):
             stack.enter_context(patch.object(library(module), "tqdm", silent))
         try:
             yield

@@ -43,7 +43,12 @@ MEASURES = {
 
 def open_loss(suite: Suite, context: Context) -> Opened:
     """Over text files, every token but none twice, in windows as lm-evaluation-harness rolls them; over other rows what
-    training would learn of them."""
+    training would learn of them.
+
+    A text has the harness's `loglikelihood_rolling`, with add_bos_token=False: else a BOS that the tokenizer writes is
+    predicted too. An answer has its `loglikelihood` where the continuation ends with the end-of-turn token, which is
+    trained, and the prompt without white space, which the harness would count to the continuation.
+    """
     if suite.data and context.found.task == "causal_lm" and is_text(suite.data):
         return _open_texts(suite, context)
     examples = context.rows(suite.data)
@@ -101,7 +106,9 @@ def _answer_rows(
         batch = TASKS[base.task].collate(examples, base)
         for at, example, sums in zip(few, examples, _sums(base, model, batch, examples), strict=True):
             text = base.tokenizer.decode(
-                [token for token in example.labels[1:] if token != IGNORE_INDEX], skip_special_tokens=True
+                [token for token in example.labels[1:] if token != IGNORE_INDEX],
+                skip_special_tokens=True,
+                clean_up_tokenization_spaces=False,
             )
             yield todo[at], {"where": example.where, **sums, "bytes": len(text.encode())}
 
@@ -135,7 +142,7 @@ def _summed(losses: Tensor, correct: Tensor, counts: Sequence[int]) -> list[dict
 def _answer_windows(
     windows: Sequence[TextWindow], size: int, base: Base, model: Any, todo: Sequence[int]
 ) -> Iterator[tuple[int, Answer]]:
-    lengths = [len(windows[row].ids) for row in todo]
+    lengths = [len(windows[row].ids) - 1 for row in todo]
     for few in rows_of_batches(lengths, size, max(lengths, default=0), False, base):
         chosen = [windows[todo[at]] for at in few]
         for at, window, sums in zip(few, chosen, _window_sums(base, model, chosen), strict=True):

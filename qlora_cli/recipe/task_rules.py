@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qlora_cli.recipe.located_yaml import show
+from qlora_cli.recipe.located_yaml import KeyPath, show
 from qlora_cli.recipe.problems import Problem
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.schema import Recipe, Source
 from qlora_cli.recipe.values import no_effect
 
 TEXT_TASKS = ("causal_lm", "seq2seq_lm")
@@ -52,26 +52,33 @@ def a_row_is_of_the_task(recipe: Recipe) -> Iterator[Problem]:
     """A source's `format` is one of the task's; `template.pair` is for sequence_classification, no `template` for
     question_answering, `template.chat` for causal_lm."""
     task = recipe.model.task
+    known = FORMATS_OF.get(task, ())
+    for place, source in _sources(recipe):
+        wrong = source.format in FOR_ANOTHER_TASK if task == "causal_lm" else source.format not in ("auto", *known)
+        if wrong:
+            todo = f"Use {', '.join(known)} or auto" if known else "Use auto, or set `model.task`"
+            yield Problem((*place, "format"), f"`format: {source.format}` is not for `task: {task}`", todo)
+        if source.template is None:
+            continue
+        if task == "question_answering":
+            what = "`template` cannot say where an answer stands"
+            yield Problem((*place, "template"), what, "Write rows as SQuAD does: context, question, answers")
+        if source.template.pair is not None and task != "sequence_classification":
+            what = f"`pair` has no effect with `task: {task}`"
+            yield Problem((*place, "template", "pair"), what, "Delete it")
+        if source.template.chat and task != "causal_lm":
+            what = f"`chat: true` has no effect with `task: {task}`"
+            yield Problem((*place, "template", "chat"), what, "Delete it")
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, Source]]:
+    """Every source whose rows are the task's, with its place; those of `suite: choice` are of formats of their own."""
     for role in ("train", "eval"):
-        for index, source in enumerate(getattr(recipe.data, role)):
-            place = ("data", role, index)
-            known = FORMATS_OF.get(task, ())
-            wrong = source.format in FOR_ANOTHER_TASK if task == "causal_lm" else source.format not in ("auto", *known)
-            if wrong:
-                todo = f"Use {', '.join(known)} or auto" if known else "Use auto, or set `model.task`"
-                what = f"`format: {source.format}` is not for `task: {task}`"
-                yield Problem((*place, "format"), what, todo)
-            if source.template is None:
-                continue
-            if task == "question_answering":
-                what = "`template` cannot say where an answer stands"
-                yield Problem((*place, "template"), what, "Write rows as SQuAD does: context, question, answers")
-            if source.template.pair is not None and task != "sequence_classification":
-                what = f"`pair` has no effect with `task: {task}`"
-                yield Problem((*place, "template", "pair"), what, "Delete it")
-            if source.template.chat and task != "causal_lm":
-                what = f"`chat: true` has no effect with `task: {task}`"
-                yield Problem((*place, "template", "chat"), what, "Delete it")
+        yield from ((("data", role, index), source) for index, source in enumerate(getattr(recipe.data, role)))
+    for number, suite in enumerate(recipe.evaluation.suites):
+        if suite.suite != "choice":
+            place = ("evaluation", "suites", number, "data")
+            yield from (((*place, index), source) for index, source in enumerate(suite.data))
 
 
 def conversations_are_for_causal_lm(recipe: Recipe) -> Iterator[Problem]:

@@ -209,7 +209,7 @@ def test_every_row_of_glues_files_is_an_example(
         expected = tokenizer(*(wanted[at][text] for text in texts))
         assert found.input_ids == expected["input_ids"]
         assert types_of(found.num_tokens, found.segment) == expected["token_type_ids"]
-    assert TYPES == tokenizer.model_input_names
+    assert tokenizer.model_input_names == TYPES
 
 
 def test_mnli_and_anli_and_qqp_and_qnli_are_read_by_their_columns(tmp_path: Path):

@@ -225,7 +225,7 @@ def test_questions_keep_their_ids_and_every_answer():
     [
         (
             {"answers": {"text": ["Paris"], "answer_start": [24]}},
-            "the answer 'Paris' is not at character 24 of the context: it stands at character 25. Mend answer_start, or",
+            "the answer 'Paris' is not at character 24 of the context: it stands at character 25. Mend answer_start",
         ),
         ({"answers": {"text": ["London"], "answer_start": [0]}}, "character 0 of the context: the context does not"),
         ({"answers": {"text": [""], "answer_start": [0]}}, "the answer '' is not at character 0"),

@@ -289,7 +289,7 @@ def test_a_data_set_that_is_not_here_is_told(recipe: Recipe, folder: Path, tmp_p
     remote = write_task(tmp_path, "two", questions(2), dataset_path="some-owner/some-rows", dataset_kwargs={})
     error = refused(recipe, remote)
     assert (error.code, "the data set of" in error.what) == (Exit.ENVIRONMENT, True)
-    assert error.todo == "Run where the hub is reached, once"
+    assert error.todo == "run where the hub is reached, once"
 
 
 def test_files_that_are_no_tasks_are_told(recipe: Recipe, folder: Path, tmp_path: Path) -> None:

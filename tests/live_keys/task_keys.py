@@ -16,7 +16,9 @@ TASK_ROWS: dict[str, list[dict[str, Any]]] = {
         {"source": "say", "target": "from source_target", "instruction": "a", "input": "b", "output": "c"}
     ],
     "classification": [{"text": "from classification", "label": at % 2} for at in range(4)],
-    "squad": [{"text": "a", "question": "say", "context": f"from squad{' na' * 40}", "answers": ANSWERS}],
+    "squad": [
+        {"text": "a", "question": "say", "context": f"from squad {' '.join(map(str, range(40)))}", "answers": ANSWERS}
+    ],
     "named": [{"text": "say", "text_pair": "so", "label": name} for name in ("a", "b")],
 }
 """Rows that causal_lm, or `auto`, reads otherwise."""

@@ -262,6 +262,44 @@ BROKEN = [
         "evaluation.num_beams",
         "`num_beams: 4` has no effect with `task: sequence_classification`",
     ),
+    (
+        "model: {task: seq2seq_lm}\nevaluation: {suites: [{suite: loss, data: [{path: a, format: squad}]}]}",
+        "evaluation.suites[0].data[0].format",
+        "`format: squad` is not for `task: seq2seq_lm`",
+    ),
+    *(
+        (f"evaluation: {{suites: [{suites}]}}", f"evaluation.suites{where}", what)
+        for suites, where, what in (
+            ("{suite: squad}", "[0].suite", "`suite: squad` cannot measure `task: causal_lm`"),
+            ("{suite: loss}, {suite: loss}", "[1].suite", "two suites are named 'loss'"),
+            ("{suite: loss, name: a}, {suite: generate, name: a}", "[1].name", "two suites are named 'a'"),
+            ("{suite: loss, name: a/b}", "[0].name", "`name: 'a/b'` is no name of a file"),
+            ("{suite: loss, metrics: [rouge1]}", "[0].metrics", "`metrics` has no effect on `suite: loss`"),
+            ("{suite: choice}", "[0].suite", "`suite: choice` without `data`"),
+            ("{suite: lm_eval}", "[0].suite", "`suite: lm_eval` without `tasks`"),
+            ("{suite: generate, metrics: [regex]}", "[0].metrics", "the metric `regex` and `pattern` go together"),
+            (
+                "{suite: choice, data: [{path: a}], shots_from: b}",
+                "[0].shots_from",
+                "`shots_from` has no effect with `shots: 0`",
+            ),
+        )
+    ),
+    (
+        "evaluation: {suites: [{suite: loss}], during_training: [losses]}",
+        "evaluation.during_training[0]",
+        "'losses' is no suite",
+    ),
+    (
+        "evaluation: {best_metric: loss.loss}",
+        "evaluation.best_metric",
+        "`best_metric: loss.loss`, and nothing is measured in training",
+    ),
+    (
+        "evaluation: {early_stopping_patience: 3}",
+        "evaluation.early_stopping_patience",
+        "`early_stopping_patience: 3` has no effect without `best_metric`",
+    ),
 ]
 
 SOUND = [
@@ -302,6 +340,10 @@ SOUND = [
     "evaluation: {num_beams: 4, max_new_tokens: 9}",
     "model: {task: seq2seq_lm}\ndata: {train: [{path: a, template: {prompt: a, completion: c}}], packing: false}",
     "model: {task: question_answering}\ndata: {doc_stride: 9, max_length: 384}\nevaluation: {max_answer_length: 9}",
+    "model: {task: seq2seq_lm}\nevaluation: {suites: [{suite: loss, data: [{path: a, format: source_target}]}]}",
+    "data: {eval_fraction: 0.1}\n"
+    "evaluation: {suites: [{suite: loss}, {suite: choice, data: [{path: a}], shots: 5, shots_from: b}],"
+    " during_training: [loss], best_metric: loss.loss, early_stopping_patience: 3}",
 ]
 
 

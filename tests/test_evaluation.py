@@ -1,0 +1,158 @@
+"""`qlora eval` through the command line: suites of a recipe, files, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import conversation
+
+
+def rows_of(path: Path, rows: list[dict[str, Any]]) -> str:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture
+def recipe_file(tiny_model, rows_file, heldout_file, tmp_path) -> Path:
+    """A recipe with a suite of each kind that a decoder has."""
+    choices = [{"query": f"Question: {n}?", "choices": ["yes", "no", "it is so"], "gold": n % 3} for n in range(6)]
+    values = {
+        "model": {"name_or_path": str(tiny_model)},
+        "quantization": {"compute_dtype": "float32"},
+        "adapter": {"r": 4, "alpha": 8},
+        "data": {"train": [{"path": str(rows_file)}], "eval": [{"path": str(heldout_file)}], "max_length": 128},
+        "training": {
+            "max_steps": 2, "micro_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-2,
+            "optimizer": "adamw",
+        },
+        "evaluation": {
+            "max_new_tokens": 4,
+            "bootstrap_resamples": 50,
+            "suites": [
+                {"suite": "choice", "name": "quiz", "data": [{"path": rows_of(tmp_path / "quiz.jsonl", choices)}]},
+                {"suite": "loss", "name": "prose", "data": [{"path": rows_of(tmp_path / "prose.jsonl", [
+                    {"text": "once upon a time " * number} for number in range(1, 20)])}]},
+                {"suite": "generate", "metrics": ["exact_match", "rougeL", "regex"], "pattern": "[0-9]+"},
+                {"suite": "loss"},
+            ],
+        },
+        "output_dir": str(tmp_path / "run"),
+    }  # fmt: skip
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+def lines_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_the_recipes_suites_are_measured_side_by_side_with_every_answer_on_disk(recipe_file, qlora, tmp_path):
+    assert qlora("train", recipe_file).code == 0
+    assert qlora("merge", tmp_path / "run").code == 0
+    ended = qlora("eval", tmp_path / "run", "--baseline", "--merged", tmp_path / "run" / "merged", "--json")
+    assert ended.code == 0, ended.err
+    result = json.loads(ended.out)
+    assert {suite["name"]: suite["rows"] for suite in result["suites"]} == {
+        "quiz": 6, "prose": len(lines_of(tmp_path / "run" / "eval" / "prose.base.jsonl")) - 1, "generate": 4, "loss": 4,
+    }  # fmt: skip
+    assert {"quiz.accuracy", "prose.bits_per_byte", "generate.regex", "loss.perplexity"} <= set(
+        result["models"]["base"]
+    )
+    for suite in result["suites"]:
+        stored = json.loads((tmp_path / "run" / "eval" / f"{suite['name']}.json").read_text())
+        assert stored == suite
+        assert list(stored["models"]) == ["base", "adapter", "merged"]
+        for figures in stored["models"].values():
+            assert all(found["low"] <= found["value"] <= found["high"] for found in figures.values())
+        assert [(one["of"], one["to"]) for one in stored["differences"]] == [("adapter", "base"), ("merged", "adapter")]
+        for name in stored["models"]:
+            answers = lines_of(tmp_path / "run" / "eval" / f"{suite['name']}.{name}.jsonl")[1:]
+            assert sorted(answer["row"] for answer in answers) == [*range(suite["rows"])]
+            assert all("where" in answer for answer in answers)
+    table = qlora("eval", tmp_path / "run", "--suite", "quiz", "--suite", "loss").out
+    assert "quiz: 6 rows" in table
+    assert "prose" not in table
+
+
+def test_a_killed_evaluation_goes_on_where_it_was(recipe_file, tmp_path):
+    rows = [conversation(f"say {'na ' * (number % 30)}{number}", f"{number}") for number in range(300)]
+    held_out = rows_of(tmp_path / "many.jsonl", rows)
+    command = [sys.executable, "-m", "qlora_cli", "eval", str(recipe_file), "--baseline", "--suite", "generate", "--json",
+               "--set", f"data.eval=[{{path: {held_out}}}]", "--set", "evaluation.batch_size=1"]  # fmt: skip
+    answers = tmp_path / "run" / "eval" / "generate.base.jsonl"
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        while not answers.exists() or answers.read_bytes().count(b"\n") < 20:
+            assert process.poll() is None, "it ended before it was killed"
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
+    before = answers.read_bytes()
+    whole = before[: before.rindex(b"\n") + 1]
+    assert 20 <= whole.count(b"\n") < 301
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert answers.read_bytes().startswith(whole), "what was answered is not asked again"
+    assert sorted(line["row"] for line in lines_of(answers)[1:]) == [*range(300)]
+
+
+def test_answers_of_another_model_are_refused_and_replaced_when_asked(recipe_file, qlora, tmp_path):
+    assert qlora("eval", recipe_file, "--baseline", "--suite", "quiz").code == 0
+    answers = tmp_path / "run" / "eval" / "quiz.base.jsonl"
+    before = answers.read_bytes()
+    other = ("--set", "quantization.data_type=int4")
+    ended = qlora("eval", recipe_file, "--baseline", "--suite", "quiz", *other)
+    assert (ended.code, answers.read_bytes()) == (3, before)
+    assert f"{answers}: holds answers of another model. Give the suite another name, or measure anew" in ended.err
+    assert qlora("eval", recipe_file, "--baseline", "--suite", "quiz", "--again", *other).code == 0
+    assert answers.read_bytes() != before
+
+
+def test_a_limit_has_files_of_its_own(recipe_file, qlora, tmp_path):
+    assert qlora("eval", recipe_file, "--baseline", "--suite", "quiz").code == 0
+    result = json.loads(qlora("eval", recipe_file, "--baseline", "--suite", "quiz", "--limit", 2, "--json").out)
+    assert result["suites"][0]["rows"] == 2
+    assert json.loads((tmp_path / "run" / "eval" / "quiz.json").read_text())["rows"] == 6
+    assert result["suites"][0]["file"] == str(tmp_path / "run" / "eval" / "first-2" / "quiz.json")
+
+
+def test_a_run_can_begin_beside_its_bases_evaluation(recipe_file, qlora):
+    assert qlora("eval", recipe_file, "--baseline", "--suite", "quiz").code == 0
+    assert qlora("train", recipe_file).code == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--suite", "quizz"], "--suite quizz: no such suite in the recipe. Choose from quiz, prose, generate, loss."),
+        (["--merged", "nowhere"], "--merged nowhere: no merged model there."),
+        (["--set", "evaluation.suites=[{suite: classify}]"], "`suite: classify` cannot measure `task: causal_lm`"),
+        (["--set", "evaluation.suites=[{suite: choice}]"], "`suite: choice` without `data`"),
+        (
+            ["--set", "evaluation.suites=[{suite: generate, metrics: [accuracy]}]"],
+            "'accuracy' is none for these answers",
+        ),
+        (["--set", "data.eval=[]"], "data.eval: no held-out data."),
+    ],
+)
+def test_what_cannot_be_measured_is_one_message(recipe_file, qlora, arguments, message):
+    ended = qlora("eval", recipe_file, "--baseline", *arguments)
+    assert (ended.code, ended.out) == (2, "")
+    assert message in ended.err
+    assert "Traceback" not in ended.err
+
+
+def test_rows_that_were_trained_on_are_refused_in_a_suite_too(recipe_file, rows_file, qlora):
+    assert qlora("train", recipe_file).code == 0
+    suite = f"evaluation.suites=[{{suite: loss, data: [{{path: {rows_file}, format: messages}}]}}]"
+    ended = qlora("eval", recipe_file, "--set", suite)
+    assert ended.code == 2
+    assert "is held out and trained on" in ended.err
