@@ -65,6 +65,7 @@ def figure(label: str, value: float | None, signed: bool = False) -> str:
     if value is None:
         return "-"
     form = "+" if signed else ""
+    label = label.rpartition(".")[2].partition(",")[0]  # of lm_eval's TASK.METRIC,FILTER
     if label in PLAIN:
         return format(value, f"{form}.4f" if abs(value) < 100 else f"{form}.4g")
     if label == "bleu":
@@ -72,5 +73,8 @@ def figure(label: str, value: float | None, signed: bool = False) -> str:
     return f"{100 * value:+.1f} pp" if signed else f"{value:.1%}"
 
 
-PLAIN = ("loss", "perplexity", "bits_per_byte", "pearson", "spearman", "matthews")
+PLAIN = frozenset(
+    {"loss", "perplexity", "bits_per_byte", "pearson", "spearman", "matthews"}
+    | {"word_perplexity", "byte_perplexity", "brier_score", "mcc"}
+)
 """Figures that are no shares."""

@@ -68,6 +68,8 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
     reading = Reading(report, date_of(run), [*map(part_from_json, trained)])
     context = context_of(recipe, found, reading, held_out, wanted.limit)
     suites = open_suites(context, wanted.suites)
+    for line in (line for suite in suites for line in suite.told):
+        report.say(f"eval     {line}")
     folder = run.evaluations if wanted.limit is None else run.evaluations / f"first-{wanted.limit}"
     folder.mkdir(parents=True, exist_ok=True)
     answers: dict[str, dict[str, Answers]] = {suite.name: {} for suite in suites}

@@ -1,6 +1,6 @@
 """Pretrain a small BERT on masked words of generated stories: the base of scripts/study_span.py.
 
-    OMP_NUM_THREADS=2 python scripts/pretrain_encoder.py OUT [--steps 600]
+    OMP_NUM_THREADS=2 python scripts/pretrain_encoder.py OUT [--steps 400]
 
 OUT becomes a folder as `BertForMaskedLM.save_pretrained` writes it, with a WordPiece tokenizer of the stories' words
 and of single letters. 15% of the words are to be guessed: half of these stand as [MASK], a quarter as another word of
@@ -26,7 +26,7 @@ from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
 
 SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MASK = SPECIALS.index("[MASK]")
-NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 600, 48, 4e-3
+NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 400, 48, 4e-3
 MAX_LENGTH = 128
 MASKED, AS_MASK, AS_ANOTHER = 0.15, 0.5, 0.25
 TEXT_SEED, HELDOUT_SEED, MODEL_SEED = range(3)
@@ -66,12 +66,8 @@ def new_model(vocab_size: int) -> BertForMaskedLM:
 
 
 def read_batch(tokenizer: PreTrainedTokenizerFast, random: Random) -> dict[str, Tensor]:
-    """input_ids, token_type_ids and attention_mask (B, T): documents, each cut in two between two sentences."""
-    pairs = []
-    for _ in range(BATCH_SIZE):
-        sentences = document(random)
-        cut = random.randrange(1, len(sentences))
-        pairs.append((" ".join(sentences[:cut]), " ".join(sentences[cut:])))
+    """input_ids, token_type_ids and attention_mask (B, T): openings, each with its story."""
+    pairs = [document(random) for _ in range(BATCH_SIZE)]
     options = {"padding": True, "pad_to_multiple_of": 16, "truncation": True, "max_length": MAX_LENGTH}
     return dict(tokenizer(pairs, return_tensors="pt", **options))
 

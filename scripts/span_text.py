@@ -45,7 +45,10 @@ TOLD = (
     "{name} left the {thing} {place}.",
     "The {thing} was put {place} by {name}.",
 )
-REPEATED = (
+OPENINGS = (
+    "Where did {name} put the {thing}?",
+    "Who put the {thing} {place}?",
+    "What did {name} put {place}?",
     "Where did {name} put the {thing}? {Place}.",
     "Who put the {thing} {place}? {name}.",
     "What did {name} put {place}? The {thing}.",
@@ -61,7 +64,7 @@ ASKED = {
 
 def vocabulary() -> list[str]:
     """Every word of the stories and the questions, in lower case."""
-    lists = [*NAMES, *COLOURS, *THINGS, *PLACES, *LOOKS, *OTHERS, *TIMES, *TOLD, *REPEATED]
+    lists = [*NAMES, *COLOURS, *THINGS, *PLACES, *LOOKS, *OTHERS, *TIMES, *TOLD, *OPENINGS, "an"]
     asked = [question for question, _ in ASKED.values()]
     return sorted(set(re.findall("[a-z]+", re.sub(r"{\w*}", " ", " ".join([*lists, *asked])).lower())))
 
@@ -83,26 +86,16 @@ def is_new(name: str, thing: str) -> bool:
     return (NAMES.index(name) + 2 * THINGS.index(thing)) % 5 == 0
 
 
-PAIRS = {new: [(name, kind) for name in NAMES for kind in THINGS if is_new(name, kind) == new] for new in (False, True)}
-
-
 def draw_facts(random: Random, number: int, new: bool) -> list[Fact]:
-    """Facts of which no two share a thing, or a place. Some share a name, a kind of thing, a colour or a site."""
-    facts: list[Fact] = []
-    names = random.sample(NAMES, max(2, number - 1))
-    kinds, sites = list(THINGS), list(PLACES)
-    while len(facts) < number:
-        pairs = [(name, kind) for name in names for kind in kinds if is_new(name, kind) == new]
-        name, kind = random.choice(pairs or [(name, kind) for name, kind in PAIRS[new] if name in names])
-        site = random.choice(sites)
-        fact = Fact(name, f"{random.choice(COLOURS)} {kind}", site.format(random.choice(LOOKS)))
-        if any(fact.thing == other.thing or fact.place == other.place for other in facts):
-            continue
-        facts.append(fact)
-        if random.random() < 0.8:  # else another fact may be about this kind of thing, or this site
-            kinds = [other for other in kinds if other != kind]
-            sites.remove(site)
-    return facts
+    """Facts with a person, a kind of thing and a site each of their own; colours and looks are shared."""
+    kinds = random.sample(THINGS, number)
+    sites = random.sample(PLACES, number)
+    names: list[str] = []
+    for kind in kinds:
+        names.append(random.choice([name for name in NAMES if is_new(name, kind) == new and name not in names]))
+    things = [f"{random.choice(COLOURS)} {kind}" for kind in kinds]
+    places = [site.format(random.choice(LOOKS)) for site in sites]
+    return [Fact(*fact) for fact in zip(names, things, places, strict=True)]
 
 
 def other(random: Random) -> str:
@@ -110,14 +103,28 @@ def other(random: Random) -> str:
     return random.choice(OTHERS).format(random.choice(TIMES))
 
 
-def document(random: Random) -> list[str]:
-    """The sentences of a text in which facts are told, and most repeated in other words, in any order."""
-    facts = draw_facts(random, random.randint(2, 4), new=False)
-    sentences = [fact.fill(random.choice(TOLD)) for fact in facts]
-    sentences += [fact.fill(random.choice(REPEATED)) for fact in facts if random.random() < 0.8]
+def document(random: Random) -> tuple[str, str]:
+    """An opening about one fact or two, questions among them, and a story that tells these and others.
+
+    What the opening has named is "the red ball" in the story, what it has not is "a red ball": as in other texts, the
+    article of a word depends on whether that was told before.
+    """
+    facts = draw_facts(random, random.randint(2, 5), new=False)
+    opening = " ".join(fact.fill(random.choice(OPENINGS)) for fact in facts[: random.randint(1, 2)])
+    sentences = [indefinite(fact.fill(random.choice(TOLD)), fact, opening) for fact in facts]
     sentences += [other(random) for _ in range(random.randint(0, 1))]
     random.shuffle(sentences)
-    return sentences
+    return opening, " ".join(sentences)
+
+
+def indefinite(sentence: str, fact: Fact, opening: str) -> str:
+    """The sentence with "a" before the thing and the place that the opening does not name."""
+    for named in (fact.thing, fact.place.partition(" the ")[2]):
+        if named not in opening:
+            article = "an" if named[0] in "aeiou" else "a"
+            sentence = sentence.replace(f"the {named}", f"{article} {named}")
+            sentence = sentence.replace(f"The {named}", f"{article.capitalize()} {named}")
+    return sentence
 
 
 def question_row(random: Random, index: int, new: bool) -> dict[str, Any]:
@@ -130,7 +137,9 @@ def question_row(random: Random, index: int, new: bool) -> dict[str, Any]:
     kind = random.choice(list(ASKED))
     question, answer = map(fact.fill, ASKED[kind])
     context = " ".join(sentences)
-    start = context.index(sentence) + sentence.lower().index(answer.lower())
+    found = re.search(rf"\b{answer}\b", sentence, re.IGNORECASE)
+    assert found is not None, "the sentence holds the answer"
+    start = context.index(sentence) + found.start()
     text = context[start : start + len(answer)]
     answers = {"text": [text], "answer_start": [start]}
     return {"id": f"{kind}-{index}", "context": context, "question": question, "answers": answers}

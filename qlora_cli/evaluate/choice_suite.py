@@ -34,7 +34,7 @@ def open_choice(suite: Suite, context: Context) -> Opened:
     size, auto = context.recipe.evaluation.batch_size, CHOICE_TOKENS[default_device().type]
     budget = auto if size == "auto" else size * (context.found.context or auto)
     measures = {
-        name: Measure(partial(_choice_rows, metric), metric.figure)
+        name: Measure(partial(_choice_rows, metric), metric.figure, name == "perplexity")
         for name, metric in choice_metrics.metrics_of(rows).items()
     }
     return Opened(

@@ -31,23 +31,23 @@ class Answer:
     generated: str
 
 
-def prompt_and_reference(example: Example) -> tuple[list[int], list[int]] | None:
-    """The tokens before the last trained span and that span, or None where nothing precedes it (plain text)."""
+def prompt_and_reference(example: Example, bos_id: int | None = None) -> tuple[list[int], list[int]] | None:
+    """The tokens before the last trained span and that span; None where nothing, or BOS alone, precedes it (text)."""
     end = len(example.labels)
     while example.labels[end - 1] == IGNORE_INDEX:
         end -= 1
     start = end
     while start and example.labels[start - 1] != IGNORE_INDEX:
         start -= 1
-    return (example.input_ids[:start], example.input_ids[start:end]) if start > 1 else None
+    prompt = example.input_ids[:start]
+    return (prompt, example.input_ids[start:end]) if prompt and prompt != [bos_id] else None
 
 
-def batches_of_one_length(examples: Sequence[Example], size: int) -> Iterator[list[int]]:
-    """Batches, as indices, whose prompts have the same number of tokens, so that no padding can touch an answer."""
+def batches_of_one_length(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """Batches, as indices, of prompts of the same number of tokens, so that no padding can touch an answer."""
     groups: dict[int, list[int]] = defaultdict(list)
-    for index, example in enumerate(examples):
-        if (pair := prompt_and_reference(example)) is not None:
-            groups[len(pair[0])].append(index)
+    for index, prompt in enumerate(prompts):
+        groups[len(prompt)].append(index)
     for length in sorted(groups, reverse=True):
         for start in range(0, len(groups[length]), size):
             yield groups[length][start : start + size]
@@ -60,26 +60,26 @@ def generate_answers(
 
     Decoding ends at a stop token of the base. Between two batches the model is as it was.
     """
-    for indices in batches_of_one_length(examples, batch_size):
-        batch = [examples[index] for index in indices]
+    found = [
+        (index, prompt_and_reference(example, base.tokenizer.bos_token_id)) for index, example in enumerate(examples)
+    ]
+    asked = [(index, pair) for index, pair in found if pair is not None]
+    for batch in batches_of_one_length([prompt for _, (prompt, _) in asked], batch_size):
         with torch.no_grad(), deciding(base, model, decoding):
-            answers = _answers(base, model, batch)
-        yield from zip(indices, answers, strict=True)
+            written = _written(base, model, [asked[at][1][0] for at in batch])
+        for at, generated in zip(batch, written, strict=True):
+            index, (prompt, reference) = asked[at]
+            prompt_text = _text(base, prompt, skip=False)
+            yield index, Answer(examples[index].where, prompt_text, _text(base, reference), generated)
 
 
-def _answers(base: Base, model: Any, batch: Sequence[Example]) -> list[Answer]:
-    """The answers to examples with prompts of one length."""
-    pairs = [pair for example in batch if (pair := prompt_and_reference(example)) is not None]
-    prompts = torch.tensor([prompt for prompt, _ in pairs], device=base.device)
+def _written(base: Base, model: Any, prompts: Sequence[list[int]]) -> list[str]:
+    """What the model writes behind prompts of one length."""
+    input_ids = torch.tensor(prompts, device=base.device)
     with base.compute():
-        output = model.generate(input_ids=prompts, attention_mask=torch.ones_like(prompts))
-    answers = []
-    for example, (prompt, reference), tokens in zip(batch, pairs, output.tolist(), strict=True):
-        given = len(prompt) if base.task == "causal_lm" else 1  # the decoder's start token
-        generated = _text(base, _until_stop(base, tokens[given:]))
-        prompt_text = _text(base, prompt, skip=False)
-        answers.append(Answer(example.where, prompt_text, _text(base, reference), generated))
-    return answers
+        output = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+    given = input_ids.shape[1] if base.task == "causal_lm" else 1  # the decoder's start token
+    return [_text(base, _until_stop(base, tokens[given:])) for tokens in output.tolist()]
 
 
 @contextmanager

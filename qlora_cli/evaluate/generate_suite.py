@@ -24,7 +24,7 @@ def open_generate(suite: Suite, context: Context) -> Opened:
     examples = context.rows(suite.data)
     asked: dict[tuple[int, ...], list[Example]] = {}
     for row in examples.rows:
-        if (pair := prompt_and_reference(row)) is not None:
+        if (pair := prompt_and_reference(row, context.found.tokenizer.bos_token_id)) is not None:
             asked.setdefault(tuple(pair[0]), []).append(row)
     questions = list(islice(asked.values(), context.limit_of(suite)))
     if not questions:
@@ -40,7 +40,6 @@ def open_generate(suite: Suite, context: Context) -> Opened:
         partial(_generate, questions, context.batch_size, decoding),
         {name: of_metric(metric, "generated", "references") for name, metric in metrics.items()},
         sample=lambda answer: {"prompt": answer["prompt"], "expected": answer["references"][0]},
-        told=examples.losses(),
     )
 
 
@@ -101,7 +100,6 @@ def open_classify(suite: Suite, context: Context) -> Opened:
         {"suite": suite.suite, "rows": examples.digest, "number": len(rows)},
         partial(_classify, rows, context.batch_size, list(context.recipe.model.labels)),
         {name: of_metric(metric, "prediction", "label") for name, metric in metrics.items()},
-        told=examples.losses(),
     )
 
 

@@ -108,7 +108,9 @@ def measures_of(tasks: Tasks) -> tuple[dict[str, Measure], list[str]]:
                     left_out.append(f"{task_name}.{label}")
                     continue
                 measures[f"{task_name}.{label}"] = Measure(
-                    partial(_task_rows, task_name, label, aggregation), partial(_figure, aggregation.figure)
+                    partial(_task_rows, task_name, label, aggregation),
+                    partial(_figure, aggregation.figure),
+                    task.higher_is_better().get(metric) is False,
                 )
                 if aggregation is AGGREGATIONS["mean"]:
                     means.setdefault(label, []).append(task_name)

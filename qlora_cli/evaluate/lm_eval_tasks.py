@@ -60,12 +60,17 @@ def load_tasks(specs: Sequence[str], where: str) -> Tasks:
 
 
 def _manager(specs: Sequence[str], where: str) -> Any:
-    """The index of the harness's names where one is named, or a group, whose members may be its own."""
+    """The index of what is named: of the harness's own tasks where one is, or where a group's file has one of them."""
     files = [Path(file) for spec in specs if is_task_path(spec) for file in _files_of(spec, where)]
-    groups = [file for file in files if isinstance(_config_of(file, where).get("task"), list)]
-    names = [spec for spec in specs if not is_task_path(spec)]
+    groups = {file: members for file in files if isinstance(members := _config_of(file, where).get("task"), list)}
     folders = sorted({str(file.parent) for file in groups})
-    return library("lm_eval.tasks").TaskManager(include_defaults=bool(names or groups), include_path=folders or None)
+    index = library("lm_eval.tasks").TaskManager
+    manager = index(include_defaults=False, include_path=folders or None)
+    names = [spec for spec in specs if not is_task_path(spec)]
+    names += [member for members in groups.values() for member in members if isinstance(member, str)]
+    if all(name in manager.task_index for name in names):
+        return manager
+    return index(include_path=folders or None)
 
 
 def _files_of(spec: str, where: str) -> list[str]:
@@ -95,8 +100,9 @@ def _config_of(path: Path, where: str) -> dict[str, Any]:
 
 
 def _loaded(manager: Any, spec: str, where: str) -> dict[str, Any]:
+    group = _config_of(Path(spec), where).get("group") if is_task_path(spec) else None
     try:
-        found: dict[str, Any] = manager.load([spec])
+        found: dict[str, Any] = manager.load([group or spec])  # a group's file it only knows by name (0.4.13)
     except ConnectionError as error:
         what = f"the data set of {spec} is not on this machine: {first_line(error)}"
         raise UserError(where, what, "run where the hub is reached, once", Exit.ENVIRONMENT) from error

@@ -33,9 +33,9 @@ def mean_loss(rows: np.ndarray) -> float:
 
 
 MEASURES = {
-    "loss": Measure(columns("loss", "targets"), mean_loss),
-    "perplexity": Measure(columns("loss", "targets"), lambda rows: exp(mean_loss(rows))),
-    "bits_per_byte": Measure(columns("loss", "bytes"), lambda rows: mean_loss(rows) / math.log(2)),
+    "loss": Measure(columns("loss", "targets"), mean_loss, True),
+    "perplexity": Measure(columns("loss", "targets"), lambda rows: exp(mean_loss(rows)), True),
+    "bits_per_byte": Measure(columns("loss", "bytes"), lambda rows: mean_loss(rows) / math.log(2), True),
     "token_accuracy": Measure(columns("correct", "targets"), mean_loss),
 }
 """loss in nats per token; bits_per_byte over the UTF-8 bytes of the trained text."""
@@ -64,7 +64,6 @@ def open_loss(suite: Suite, context: Context) -> Opened:
         {"suite": suite.suite, "rows": examples.digest, "number": len(rows)},
         partial(_answer_rows, rows, context.batch_size),
         {name: MEASURES[name] for name in names},
-        told=examples.losses(),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from qlora_cli.data.examples import Examples
+from qlora_cli.data.sources import Part
 from qlora_cli.errors import UserError
 from qlora_cli.evaluate.metrics import Metric
 from qlora_cli.model.base import Base, Found
@@ -20,11 +21,6 @@ from qlora_cli.recipe.schema import Source, Suite
 Answer = dict[str, Any]
 """What a model made of a row, as plain values: a line of the suite's JSONL."""
 
-LOWER_IS_BETTER = frozenset(
-    {"loss", "perplexity", "bits_per_byte", "word_perplexity", "byte_perplexity", "brier_score"}
-)
-"""Figures of which less is better; of all others more."""
-
 
 @dataclass(frozen=True)
 class Measure:
@@ -32,6 +28,7 @@ class Measure:
 
     rows: Callable[[Sequence[Answer]], np.ndarray]
     figure: Callable[[np.ndarray], float]
+    lower_is_better: bool = False
 
 
 @dataclass(frozen=True)
@@ -65,13 +62,14 @@ class Context:
     """What a suite is opened with.
 
     rows: the examples of sources, or of the recipe's held-out data for none, read and refused as training does.
-    limit: rows that are measured at most; None: all of them.
+    limit: rows that are measured at most; None: all of them. trained: files that no suite may measure.
     """
 
     recipe: Recipe
     found: Found
     rows: Callable[[Sequence[Source]], Examples]
     limit: int | None
+    trained: Sequence[Part] = ()
 
     def limit_of(self, suite: Suite) -> int | None:
         """The rows of the suite that are measured, None for all."""

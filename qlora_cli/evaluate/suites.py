@@ -13,6 +13,7 @@ from qlora_cli.evaluate.squad_suite import open_squad
 from qlora_cli.evaluate.suite import Context, Opened, name_of
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.schema import Suite
+from qlora_cli.recipe.suite_rules import DEFAULTS
 
 SUITES: dict[str, Callable[[Suite, Context], Opened]] = {
     "loss": open_loss,
@@ -23,14 +24,6 @@ SUITES: dict[str, Callable[[Suite, Context], Opened]] = {
     "lm_eval": open_lm_eval,
 }
 """What opens a suite: reads its rows. recipe/suite_rules.py says which task each can measure."""
-
-DEFAULTS = {
-    "causal_lm": ("loss", "generate"),
-    "seq2seq_lm": ("loss", "generate"),
-    "sequence_classification": ("loss", "classify"),
-    "question_answering": ("loss", "squad"),
-}
-"""What is measured of a task where the recipe names no suites."""
 
 
 def suites_of(recipe: Recipe, names: Sequence[str] = ()) -> list[Suite]:

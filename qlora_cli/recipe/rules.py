@@ -15,7 +15,7 @@ from qlora_cli.recipe.located_yaml import show
 from qlora_cli.recipe.problems import Problem
 from qlora_cli.recipe.remote import is_local
 from qlora_cli.recipe.schema import Adapter, LoftQ, Recipe, Source
-from qlora_cli.recipe.suite_rules import SUITE_RULES
+from qlora_cli.recipe.suite_rules import SUITE_RULES, measured_sources
 from qlora_cli.recipe.task_rules import TASK_RULES
 from qlora_cli.recipe.values import given, no_effect, plain
 
@@ -177,16 +177,16 @@ def nothing_is_measured_without_held_out_data(recipe: Recipe) -> Iterator[Proble
 
 
 def weights_are_for_training(recipe: Recipe) -> Iterator[Problem]:
-    """`weight` is for the sources of `data.train`: held-out rows are measured once each."""
-    for index, source in enumerate(recipe.data.eval):
+    """`weight` is for the sources of `data.train`: held-out rows, and those of a suite, are measured once each."""
+    for place, source in measured_sources(recipe):
         if given(source, "weight"):
             what = f"`weight: {source.weight:g}` has no effect on held-out data"
-            yield Problem(("data", "eval", index, "weight"), what, "Delete it")
+            yield Problem((*place, "weight"), what, "Delete it")
 
 
 def a_stream_has_no_end(recipe: Recipe) -> Iterator[Problem]:
     """`streaming` is for all sources of `data.train` or for none; it needs `training.max_steps`, and held-out rows of
-    their own. A source of `data.eval` with it needs `limit`."""
+    their own. A source of `data.eval`, or of a suite, with it needs `limit`."""
     streaming = [source.streaming for source in recipe.data.train]
     place = ("data", "train", streaming.index(True), "streaming") if any(streaming) else ()
     if any(streaming) and not all(streaming):
@@ -195,19 +195,18 @@ def a_stream_has_no_end(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(place, "`streaming: true` without `training.max_steps`", "Set it: nobody knows the last row")
     if any(streaming) and recipe.data.eval_fraction:
         yield Problem(place, "`streaming: true` beside `data.eval_fraction`", "Name held-out rows in `data.eval`")
-    for index, source in enumerate(recipe.data.eval):
+    for where, source in measured_sources(recipe):
         if source.streaming and source.limit is None:
-            where = ("data", "eval", index, "streaming")
-            yield Problem(where, "`streaming: true` without `limit`", "Set `limit`: held-out rows are all kept")
+            todo = "Set `limit`: held-out rows are all kept"
+            yield Problem((*where, "streaming"), "`streaming: true` without `limit`", todo)
 
 
 def a_template_is_the_format(recipe: Recipe) -> Iterator[Problem]:
     """A source's rows are read by its `template` or by its `format`."""
-    for role in ("train", "eval"):
-        for index, source in enumerate(getattr(recipe.data, role)):
-            if source.template is not None and source.format != "auto":
-                what = f"`format: {source.format}` beside `template`"
-                yield Problem(("data", role, index, "format"), what, "Keep one of the two")
+    trained = ((("data", "train", index), source) for index, source in enumerate(recipe.data.train))
+    for place, source in (*trained, *measured_sources(recipe)):
+        if source.template is not None and source.format != "auto":
+            yield Problem((*place, "format"), f"`format: {source.format}` beside `template`", "Keep one of the two")
 
 
 def the_chat_template_keeps_its_own_names(recipe: Recipe) -> Iterator[Problem]:
@@ -222,14 +221,14 @@ TEMPLATE_NAMES = ("messages", "tools", "documents", "add_generation_prompt")
 
 
 def held_out_data_is_not_trained_on(recipe: Recipe) -> Iterator[Problem]:
-    """What is in `data.eval` is not in `data.train`: the same file, or the same split of a hub data set."""
+    """What is in `data.eval`, or in a suite, is not in `data.train`: the same file, or the same split of the hub."""
     trained = {_rows_of(source, "train"): index for index, source in enumerate(recipe.data.train)}
-    for index, source in enumerate(recipe.data.eval):
+    for place, source in measured_sources(recipe):
         rows = _rows_of(source, "held-out")
         if rows in trained:
             what = f"{show(source.path)} is held out here and trained on in `data.train[{trained[rows]}]`"
             todo = "Name another file or split: a model that has seen the answers cannot be measured on them"
-            yield Problem(("data", "eval", index, "path"), what, todo)
+            yield Problem((*place, "path"), what, todo)
 
 
 RULES: tuple[Rule, ...] = (

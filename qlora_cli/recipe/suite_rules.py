@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from qlora_cli.recipe.located_yaml import show
+from qlora_cli.recipe.located_yaml import KeyPath, show
 from qlora_cli.recipe.problems import Problem
-from qlora_cli.recipe.schema import Recipe
+from qlora_cli.recipe.schema import Recipe, Source
 from qlora_cli.recipe.values import given, no_effect
 
 TASKS_OF = {
@@ -29,6 +29,25 @@ KEYS_OF = {
     "data": ("loss", "choice", "generate", "classify", "squad"),
 }
 """The suites that read a key."""
+
+DEFAULTS = {
+    "causal_lm": ("loss", "generate"),
+    "seq2seq_lm": ("loss", "generate"),
+    "sequence_classification": ("loss", "classify"),
+    "question_answering": ("loss", "squad"),
+}
+"""What is measured of a task where the recipe names no suites."""
+
+READ_BY = {"max_new_tokens": "generate", "num_beams": "generate", "max_answer_length": "squad"}
+"""Keys of `evaluation` that one suite alone reads."""
+
+
+def measured_sources(recipe: Recipe) -> Iterator[tuple[KeyPath, Source]]:
+    """Every source whose rows are measured, with its place: of `data.eval`, and of the suites."""
+    yield from ((("data", "eval", index), source) for index, source in enumerate(recipe.data.eval))
+    for number, suite in enumerate(recipe.evaluation.suites):
+        place = ("evaluation", "suites", number, "data")
+        yield from (((*place, index), source) for index, source in enumerate(suite.data))
 
 
 def a_suite_can_measure_the_task(recipe: Recipe) -> Iterator[Problem]:
@@ -54,7 +73,8 @@ def a_suite_can_measure_the_task(recipe: Recipe) -> Iterator[Problem]:
 
 def a_key_of_a_suite_is_read(recipe: Recipe) -> Iterator[Problem]:
     """A key of a suite is one that it reads: `metrics` of generate and classify, `shots` of choice, `tasks` of lm_eval;
-    `pattern` goes with the metric regex, `shots_from` with `shots`; choice needs `data`, lm_eval `tasks`."""
+    `pattern` goes with the metric regex, `shots_from` with `shots`; choice needs `data`, lm_eval `tasks`. A source of
+    choice has no `format` or `template`: its rows have columns of their own."""
     for index, suite in enumerate(recipe.evaluation.suites):
         place = ("evaluation", "suites", index)
         for name, kinds in KEYS_OF.items():
@@ -69,18 +89,31 @@ def a_key_of_a_suite_is_read(recipe: Recipe) -> Iterator[Problem]:
             yield Problem((*place, "metrics"), "the metric `regex` and `pattern` go together", todo)
         if suite.shots_from is not None and not suite.shots:
             yield Problem((*place, "shots_from"), "`shots_from` has no effect with `shots: 0`", "Set `shots`")
+        for number, source in enumerate(suite.data if suite.suite == "choice" else []):
+            for name in ("format", "template"):
+                if given(source, name):
+                    what = f"`{name}` has no effect on `suite: choice`, whose columns say what a row is"
+                    yield Problem((*place, "data", number, name), what, "Delete it")
+
+
+def how_answers_are_given_is_of_a_suite(recipe: Recipe) -> Iterator[Problem]:
+    """`evaluation.max_new_tokens` and `num_beams` are for `suite: generate`, `max_answer_length` is for `suite: squad`:
+    where suites are named, one of them is such."""
+    kinds = {suite.suite for suite in recipe.evaluation.suites}
+    for name, kind in READ_BY.items():
+        if kinds and kind not in kinds and recipe.model.task in TASKS_OF[kind]:
+            yield from no_effect(recipe, "evaluation", name, f"without a `suite: {kind}`")
 
 
 def what_is_run_in_training_exists(recipe: Recipe) -> Iterator[Problem]:
     """`evaluation.during_training` names suites; `best_metric` needs something that is measured in training, and
     `early_stopping_patience` needs `best_metric`."""
     evaluation = recipe.evaluation
-    names = [suite.name or suite.suite for suite in evaluation.suites]
-    if evaluation.suites:
-        for index, name in enumerate(evaluation.during_training):
-            if name not in names:
-                what = f"{show(name)} is no suite"
-                yield Problem(("evaluation", "during_training", index), what, f"Choose from {', '.join(names)}")
+    names = [suite.name or suite.suite for suite in evaluation.suites] or DEFAULTS[recipe.model.task]
+    for index, name in enumerate(evaluation.during_training):
+        if name not in names:
+            what = f"{show(name)} is no suite"
+            yield Problem(("evaluation", "during_training", index), what, f"Choose from {', '.join(names)}")
     held_out = recipe.data.eval or recipe.data.eval_fraction
     if evaluation.best_metric is not None and not held_out and not evaluation.during_training:
         todo = "Hold rows out (`data.eval`), or name suites in `during_training`"
@@ -91,4 +124,9 @@ def what_is_run_in_training_exists(recipe: Recipe) -> Iterator[Problem]:
         yield from no_effect(recipe, "evaluation", "early_stopping_patience", reason)
 
 
-SUITE_RULES = (a_suite_can_measure_the_task, a_key_of_a_suite_is_read, what_is_run_in_training_exists)
+SUITE_RULES = (
+    a_suite_can_measure_the_task,
+    a_key_of_a_suite_is_read,
+    how_answers_are_given_is_of_a_suite,
+    what_is_run_in_training_exists,
+)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 import shutil
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import UserError
-from qlora_cli.evaluate.suite import LOWER_IS_BETTER
 from qlora_cli.model.base import Base
 from qlora_cli.model.whole_folder import MANIFEST, fault, publish
 from qlora_cli.recipe import Recipe
@@ -31,20 +29,16 @@ class Best:
         return asdict(self)
 
 
-def judged(metric: str, figures: Mapping[str, Any], step: int, best: Best | None) -> Best:
-    """The best evaluation, this one among them; an equal one is no better, and one that is no number never is."""
-    value = float(figures[metric])
-    known_best = best if best is not None and best.metric == metric else None
-    if known_best is None:
-        return Best(metric, value, step)
-    sign = -1 if is_lower_better(metric) else 1
-    better = math.isfinite(value) and (not math.isfinite(known_best.value) or sign * value > sign * known_best.value)
-    return Best(metric, value, step) if better else replace(known_best, misses=known_best.misses + 1)
+def judged(this: Best, best: Best | None, lower_is_better: bool) -> Best:
+    """The better evaluation of the two; an equal one is no better, and one that is no number never is.
 
-
-def is_lower_better(metric: str) -> bool:
-    """Whether less of a figure is better."""
-    return metric.rpartition(".")[2].removeprefix("eval_") in LOWER_IS_BETTER
+    this: the one just made. best: the best one before it; one by another metric does not count.
+    """
+    if best is None or best.metric != this.metric:
+        return this
+    sign = -1 if lower_is_better else 1
+    better = math.isfinite(this.value) and (not math.isfinite(best.value) or sign * this.value > sign * best.value)
+    return this if better else replace(best, misses=best.misses + 1)
 
 
 def folder_of(folder: Path, step: int) -> Path:

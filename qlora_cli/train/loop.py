@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -201,10 +201,17 @@ def evaluate(session: Session) -> None:
         return
     tell(session, {"step": session.step, **figures})
     if recipe.evaluation.best_metric is not None:
-        session.best = agreed(session, judged(recipe.evaluation.best_metric, figures, session.step, session.best))
+        session.best = agreed(session, judged_here(session, recipe.evaluation.best_metric, figures))
         if session.best.step == session.step and session.accelerator.is_main_process:
             keep_best(session.run.best, session.model, session.base, recipe, session.step)
     session.clock += time.perf_counter() - started  # an evaluation is no training time
+
+
+def judged_here(session: Session, metric: str, figures: Mapping[str, float]) -> Best:
+    """The best evaluation by a metric, this one among them."""
+    measures = {f"{suite.name}.{name}": one for suite in session.suites for name, one in suite.measures.items()}
+    lower = measures[metric].lower_is_better if metric in measures else metric in ("eval_loss", "eval_perplexity")
+    return judged(Best(metric, float(figures[metric]), session.step), session.best, lower)
 
 
 def agreed(session: Session, best: Best) -> Best:

@@ -102,11 +102,16 @@ def say_layout(report: Report, recipe: Recipe, feed: Feed, packed: bool) -> None
 
 def refuse_trained_on(trained: Iterable[Part], eval_set: Examples) -> None:
     """Refuses held-out files and hub splits that are among the trained ones, however they were named."""
+    refuse_parts(trained, eval_set.parts, "data.eval")
+
+
+def refuse_parts(trained: Iterable[Part], measured: Iterable[Part], where: str) -> None:
+    """The same of files and hub splits that nobody has read yet. where: the key that names them."""
     known = {identity(part) for part in trained}
-    for part in eval_set.parts:
+    for part in measured:
         if identity(part) in known:
             what = f"{part.path} is held out and trained on"
-            raise UserError("data.eval", what, "name other rows: a model that has seen them cannot be measured on them")
+            raise UserError(where, what, "name other rows: a model that has seen them cannot be measured on them")
 
 
 def refuse_seen(recipe: Recipe, run: Run, eval_set: Examples) -> None:

@@ -7,15 +7,15 @@ from datetime import date
 from typing import NamedTuple
 
 from qlora_cli.data.examples import Examples
-from qlora_cli.data.sources import Part
+from qlora_cli.data.sources import Part, resolve
 from qlora_cli.errors import UserError
 from qlora_cli.evaluate.loss import HeldOutLoss
-from qlora_cli.evaluate.suite import Context, Opened
+from qlora_cli.evaluate.suite import Context, Opened, name_of
 from qlora_cli.evaluate.suites import open_suite, suites_of
 from qlora_cli.model.base import Found
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.schema import Source
-from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_trained_on
+from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_parts
 from qlora_cli.train.report import Report
 
 
@@ -42,11 +42,10 @@ def context_of(
             return held_out
         data = recipe.data.model_copy(update={"eval": list(sources), "eval_fraction": 0.0})
         examples = encode_role(recipe.model_copy(update={"data": data}), found, "eval", report, today)
-        refuse_trained_on(reading.trained, examples)
         refuse_beyond_context(found, examples)
         return examples
 
-    return Context(recipe, found, rows, limit)
+    return Context(recipe, found, rows, limit, reading.trained)
 
 
 def measured_in_training(recipe: Recipe, held_out: Examples, suites: Sequence[Opened]) -> list[str]:
@@ -68,8 +67,15 @@ def suites_in_training(recipe: Recipe, context: Context, held_out: Examples) -> 
 
 
 def open_suites(context: Context, names: Sequence[str] = ()) -> list[Opened]:
-    """The recipe's suites with their rows read, those of the names if there are any."""
-    return [open_suite(suite, context) for suite in suites_of(context.recipe, names)]
+    """The recipe's suites with their rows read, those of the names if there are any.
+
+    Raises UserError where one would measure rows that were trained on.
+    """
+    suites = suites_of(context.recipe, names)
+    for suite in suites:
+        measured = [part for source in suite.data for part in resolve(source, "eval").parts]
+        refuse_parts(context.trained, measured, f"evaluation.suites: {name_of(suite)}")
+    return [open_suite(suite, context) for suite in suites]
 
 
 def need_held_out(recipe: Recipe, names: Sequence[str] = ()) -> bool:

@@ -68,6 +68,9 @@ def test_prompt_and_reference_are_the_last_answers():
     two_turns = Example([5, 6, 7, 8, 9, 4], [ignore, 6, ignore, ignore, 9, ignore], "here")
     assert prompt_and_reference(two_turns) == ([5, 6, 7, 8], [9])
     assert prompt_and_reference(Example([5, 6], [5, 6], "here")) is None, "plain text has no prompt"
+    after_bos = Example([1, 6], [ignore, 6], "here")
+    assert prompt_and_reference(after_bos, 1) is None, "nor has text behind BOS"
+    assert prompt_and_reference(after_bos, 2) == ([1], [6])
 
 
 def test_the_reference_is_the_answer_without_its_stop_token(ready):

@@ -53,7 +53,7 @@ def test_no_answer_changes_with_the_batch_size(
     assert told[0] == told[1] == told[2]
     answers, found = told[0]
     assert [answer["references"] for answer in answers] == [[row["completion"]] for row in pairs(9)]
-    assert len({answer["generated"] for answer in answers}) > 1
+    assert any(answer["generated"] for answer in answers)
     assert set(found) == set(TEXT_METRICS)
 
 

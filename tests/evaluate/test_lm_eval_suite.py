@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -163,23 +164,16 @@ def test_figures_have_intervals_and_differences(recipe: Recipe, base: Base, fold
     assert {each["value"] for each in result["differences"][0]["figures"].values()} == {0.0}
 
 
-def test_a_groups_figure_is_the_harness_s_over_rows_or_over_tasks(recipe: Recipe, base: Base, folder: Path) -> None:
-    """By hand: the harness's own index, which a group of its own names may need, takes ten seconds to read."""
-    from lm_eval.tasks import TaskManager
-
-    from qlora_cli.evaluate.lm_eval_figures import measures_of
-    from qlora_cli.evaluate.lm_eval_tasks import Tasks
-
-    loaded = TaskManager(include_defaults=False, include_path=str(folder)).load(["by_rows"])
-    other = TaskManager(include_defaults=False, include_path=str(folder)).load(["by_tasks"])
-    measures, _ = measures_of(Tasks(loaded["tasks"], loaded["groups"] | other["groups"]))
-    suite = opened(recipe, suite="lm_eval", tasks=[str(folder / "asked.yaml"), str(folder / "two.yaml")])
-    answers = answers_of(suite, base)
-    for group in ("by_rows", "by_tasks"):
-        measure = measures[f"{group}.acc"]
-        wanted = harness(base, [group], folder)[group]["acc,none"]
-        assert measure.figure(measure.rows(answers)) == pytest.approx(wanted, abs=1e-12)
-    assert "by_rows.acc_norm" not in measures, "the group does not ask for it"
+@pytest.mark.parametrize("group", ["by_rows", "by_tasks"])
+def test_a_groups_figure_is_the_harness_s_over_rows_or_over_tasks(
+    recipe: Recipe, base: Base, folder: Path, group: str
+) -> None:
+    suite = opened(recipe, suite="lm_eval", tasks=[str(folder / f"{group}.yaml")])
+    found = figures(suite, answers_of(suite, base))
+    wanted = harness(base, [group], folder)[group]["acc,none"]
+    assert found[f"{group}.acc"] == pytest.approx(wanted, abs=1e-12)
+    assert f"{group}.acc_norm" not in found, "the group does not ask for it"
+    assert {"asked.acc", "two.acc"} < set(found)
 
 
 @pytest.mark.parametrize("size", [1, 16])
@@ -301,6 +295,13 @@ def test_files_that_are_no_tasks_are_told(recipe: Recipe, folder: Path, tmp_path
     assert "cannot load" in str(refused(recipe, odd))
     assert "output_type" in str(refused(recipe, odd))
     assert "is named twice" in str(refused(recipe, folder / "two.yaml", folder / "two.yaml"))
+
+
+def test_without_the_extra_it_is_named(recipe: Recipe, folder: Path, monkeypatch: Any) -> None:
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    with pytest.raises(UserError, match=r"lm_eval is not installed\. Run `pip install 'qlora\[eval\]'`") as caught:
+        opened(recipe, suite="lm_eval", tasks=[str(folder / "two.yaml")])
+    assert caught.value.code is Exit.ENVIRONMENT
 
 
 def test_code_that_a_model_wrote_is_not_run(recipe: Recipe, tmp_path: Path) -> None:

@@ -9,10 +9,10 @@ import pytest
 
 from qlora_cli.errors import UserError, UserErrors
 from qlora_cli.evaluate.suite import name_of
-from qlora_cli.evaluate.suites import DEFAULTS, SUITES, suites_of
+from qlora_cli.evaluate.suites import SUITES, suites_of
 from qlora_cli.recipe.load import load_recipe
 from qlora_cli.recipe.schema import Suite
-from qlora_cli.recipe.suite_rules import KEYS_OF, TASKS_OF
+from qlora_cli.recipe.suite_rules import DEFAULTS, KEYS_OF, TASKS_OF
 from qlora_cli.tasks.table import TASKS
 from tests.evaluate.opening import context, opened, recipe_of
 

@@ -283,12 +283,58 @@ BROKEN = [
                 "[0].shots_from",
                 "`shots_from` has no effect with `shots: 0`",
             ),
+            (
+                "{suite: choice, data: [{path: a, format: alpaca}]}",
+                "[0].data[0].format",
+                "`format` has no effect on `suite: choice`",
+            ),
+            (
+                "{suite: choice, data: [{path: a, template: {prompt: a, completion: b}}]}",
+                "[0].data[0].template",
+                "`template` has no effect on `suite: choice`",
+            ),
+            (
+                "{suite: loss, data: [{path: a}, {path: b, weight: 2}]}",
+                "[0].data[1].weight",
+                "`weight: 2` has no effect on held-out data",
+            ),
+            (
+                "{suite: loss, data: [{path: org/held, streaming: true}]}",
+                "[0].data[0].streaming",
+                "`streaming: true` without `limit`",
+            ),
+            (
+                "{suite: loss, data: [{path: a, format: text, template: {prompt: a, completion: b}}]}",
+                "[0].data[0].format",
+                "`format: text` beside `template`",
+            ),
+            (
+                "{suite: generate, data: [{path: ./rows.jsonl}]}",
+                "[0].data[0].path",
+                "'./rows.jsonl' is held out here and trained on in `data.train[0]`",
+            ),
         )
     ),
+    *(
+        (
+            f"evaluation: {{suites: {suites}, during_training: [losses]}}",
+            "evaluation.during_training[0]",
+            "'losses' is no suite",
+        )
+        for suites in ("[{suite: loss}]", "[]")
+    ),
+    *(
+        (
+            f"evaluation: {{suites: [{{suite: loss}}], {name}: 9}}",
+            f"evaluation.{name}",
+            f"`{name}: 9` has no effect without a `suite: generate`",
+        )
+        for name in ("max_new_tokens", "num_beams")
+    ),
     (
-        "evaluation: {suites: [{suite: loss}], during_training: [losses]}",
-        "evaluation.during_training[0]",
-        "'losses' is no suite",
+        "model: {task: question_answering}\nevaluation: {suites: [{suite: loss}], max_answer_length: 9}",
+        "evaluation.max_answer_length",
+        "`max_answer_length: 9` has no effect without a `suite: squad`",
     ),
     (
         "evaluation: {best_metric: loss.loss}",
@@ -341,6 +387,10 @@ SOUND = [
     "model: {task: seq2seq_lm}\ndata: {train: [{path: a, template: {prompt: a, completion: c}}], packing: false}",
     "model: {task: question_answering}\ndata: {doc_stride: 9, max_length: 384}\nevaluation: {max_answer_length: 9}",
     "model: {task: seq2seq_lm}\nevaluation: {suites: [{suite: loss, data: [{path: a, format: source_target}]}]}",
+    "evaluation: {suites: [{suite: loss}, {suite: generate, data: [{path: a, format: alpaca}]}], num_beams: 4}",
+    "evaluation: {during_training: [generate], max_new_tokens: 9}",
+    "model: {task: question_answering}\nevaluation: {suites: [{suite: squad}], max_answer_length: 9}",
+    "evaluation: {suites: [{suite: loss, data: [{path: org/held, streaming: true, limit: 9}]}]}",
     "data: {eval_fraction: 0.1}\n"
     "evaluation: {suites: [{suite: loss}, {suite: choice, data: [{path: a}], shots: 5, shots_from: b}],"
     " during_training: [loss], best_metric: loss.loss, early_stopping_patience: 3}",

@@ -11,38 +11,29 @@ import pytest
 from qlora_cli import commands
 from qlora_cli.display import QuietReport
 from qlora_cli.errors import UserError
-from qlora_cli.train.best import Best, is_lower_better, judged
+from qlora_cli.train.best import Best, judged
 
 WEIGHTS = "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize(
-    ("metric", "lower"),
-    [("eval_loss", True), ("wiki.perplexity", True), ("wiki.bits_per_byte", True), ("eval_token_accuracy", False),
-     ("generate.exact_match", False), ("classify.matthews", False)],
-)  # fmt: skip
-def test_less_loss_and_more_of_all_else_is_better(metric, lower):
-    assert is_lower_better(metric) is lower
-
-
-@pytest.mark.parametrize(("metric", "values"), [("eval_loss", [3, 2, 2, 4, 1]), ("a.accuracy", [1, 2, 2, 0, 3])])
-def test_an_equal_evaluation_is_no_better_and_misses_count_since_the_best(metric, values):
+@pytest.mark.parametrize(("lower", "values"), [(True, [3, 2, 2, 4, 1]), (False, [1, 2, 2, 0, 3])])
+def test_an_equal_evaluation_is_no_better_and_misses_count_since_the_best(lower, values):
     best, seen = None, []
     for step, value in enumerate(values):
-        best = judged(metric, {metric: value}, step, best)
+        best = judged(Best("m", value, step), best, lower)
         seen.append((best.step, best.misses))
     assert seen == [(0, 0), (1, 0), (1, 1), (1, 2), (4, 0)]
 
 
 def test_a_figure_that_is_none_is_never_the_best_beside_one():
-    first = judged("eval_loss", {"eval_loss": math.nan}, 0, None)
-    second = judged("eval_loss", {"eval_loss": 2.0}, 1, first)
-    third = judged("eval_loss", {"eval_loss": math.nan}, 2, second)
+    first = judged(Best("eval_loss", math.nan, 0), None, True)
+    second = judged(Best("eval_loss", 2.0, 1), first, True)
+    third = judged(Best("eval_loss", math.nan, 2), second, True)
     assert (second.step, third) == (1, Best("eval_loss", 2.0, 1, 1))
 
 
 def test_another_metric_begins_anew():
-    assert judged("a.f1", {"a.f1": 0.1}, 7, Best("eval_loss", 0.5, 3, 2)) == Best("a.f1", 0.1, 7)
+    assert judged(Best("a.f1", 0.1, 7), Best("eval_loss", 0.5, 3, 2), False) == Best("a.f1", 0.1, 7)
 
 
 def train(recipe, pause_at=None):
