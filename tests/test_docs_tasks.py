@@ -12,10 +12,10 @@ import pytest
 from qlora_cli.data.classes import LABELS, TEXTS, Labelled
 from qlora_cli.data.formats import check_row, choose_format
 from qlora_cli.data.task_rows import formats_of
-from qlora_cli.evaluate.suites import DEFAULTS
 from qlora_cli.model.heads import TASKS
 from qlora_cli.recipe import load_recipe
 from qlora_cli.recipe.schema import Model
+from qlora_cli.recipe.suite_rules import DEFAULTS
 from tests.conftest import REPOSITORY
 
 PAGE = (REPOSITORY / "docs" / "tasks.md").read_text(encoding="utf-8")

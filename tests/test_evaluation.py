@@ -150,9 +150,14 @@ def test_what_cannot_be_measured_is_one_message(recipe_file, qlora, arguments, m
     assert "Traceback" not in ended.err
 
 
-def test_rows_that_were_trained_on_are_refused_in_a_suite_too(recipe_file, rows_file, qlora):
+def test_rows_that_were_trained_on_are_refused_in_a_suite_too(recipe_file, rows_file, qlora, tmp_path):
+    """By whatever name, and whether a suite reads them as training does, as texts, or as columns of its own."""
     assert qlora("train", recipe_file).code == 0
-    suite = f"evaluation.suites=[{{suite: loss, data: [{{path: {rows_file}, format: messages}}]}}]"
-    ended = qlora("eval", recipe_file, "--set", suite)
-    assert ended.code == 2
-    assert "is held out and trained on" in ended.err
+    (tmp_path / "link.jsonl").symlink_to(rows_file)
+    for suite in ("suite: loss", "suite: generate", "suite: choice"):
+        ended = qlora("eval", recipe_file, "--set", f"evaluation.suites[0]={{{suite}, data: [{{path: {rows_file}}}]}}")
+        assert (ended.code, "is held out here and trained on in `data.train[0]`" in ended.err) == (2, True), ended.err
+        source = f"{{path: {tmp_path}/link.jsonl{', format: text' if suite == 'suite: loss' else ''}}}"
+        ended = qlora("eval", recipe_file, "--set", f"evaluation.suites[0]={{{suite}, data: [{source}]}}")
+        assert (ended.code, "trained on" in ended.err) == (2, True), ended.err
+        assert "base  " not in ended.err, "the weights were read first"

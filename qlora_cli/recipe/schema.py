@@ -282,7 +282,9 @@ class Suite(Section):
     shots: int = key(0, "choice: solved examples before each question", unit="rows", ge=0)
     shots_from: Text | None = key(None, "choice: file with the solved examples; null: other rows of the same file")
     tasks: list[Text] = key(list, "lm_eval: names of its tasks, or paths of their YAML files")
-    limit: int | None = key(None, "only the first rows", unit="rows", ge=1)
+    limit: int | None = key(
+        None, "only the first rows; choice, squad: of each source; lm_eval: of each task", unit="rows", ge=1
+    )
 
 
 class Evaluation(Section):

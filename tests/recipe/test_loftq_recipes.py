@@ -65,7 +65,7 @@ SAID: dict[str, Callable[[Recipe], bool]] = {
     "uniform": lambda recipe: recipe.quantization.data_type == "int4",
     "16 rows": lambda recipe: rows_of_a_step(recipe) == 16,
     "script": lambda recipe: rows_of_a_step(recipe) == 64 and recipe.training.epochs == 3,
-    "files": lambda recipe: all(source.path.startswith("xsum/default/") for source in all_sources(recipe)),
+    "files": lambda recipe: {source.path for source in all_sources(recipe)} == {"xsum/default"},
 }
 """What a variant in a header promises."""
 
@@ -146,7 +146,9 @@ def test_the_settings_are_the_papers(path):
 @pytest.mark.parametrize(
     ("path", "name", "overrides"), VARIANTS, ids=[f"{one.stem}: {two}" for one, two, _ in VARIANTS]
 )
-def test_a_variant_of_a_header_is_valid_and_what_it_is_called(path, name, overrides):
+def test_a_variant_of_a_header_is_valid_and_what_it_is_called(path, name, overrides, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "xsum" / "default").mkdir(parents=True)  # downloaded: a split of a folder is known by its files
     before, recipe = load_recipe(path), load_recipe(path, overrides)
     assert SAID[name](recipe)
     assert not SAID[name](before), "it would change nothing"
