@@ -117,3 +117,30 @@ def test_every_step_trains_the_same_rows_wherever_it_is_begun_and_on_any_number_
     assert alone["a stream"]["0"] == alone["a stream, two workers"]["0"]
     epoch = [row for step in alone["one worker"]["0"][:6] for row in step]
     assert len(epoch) == len(set(map(tuple, epoch))) == len(rows), "not each row once"
+
+
+def test_two_processes_stop_early_together_with_the_best_adapter(make_recipe, rows_file, heldout_file, tmp_path):
+    recipe = make_recipe(
+        data={"train": [{"path": str(rows_file)}], "eval": [{"path": str(heldout_file)}]},
+        training={
+            "max_steps": 40,
+            "micro_batch_size": 2,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 0.15,
+            "lr_scheduler": "constant",
+            "warmup_ratio": 0.0,
+            "eval_steps": 1,
+        },
+        evaluation={"best_metric": "eval_loss", "early_stopping_patience": 2},
+        output_dir=str(tmp_path / "pair"),
+    )
+    done = train(recipe, tmp_path, processes=2)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "pair" / "metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["eval_loss"] for line in lines if "eval_loss" in line}
+    best = min(losses, key=losses.__getitem__)
+    assert max(losses) == best + 2 < 40
+    kept, result = (
+        tmp_path / "pair" / name / "adapter_model.safetensors" for name in (f"best/step-{best:06d}", "adapter")
+    )
+    assert kept.read_bytes() == result.read_bytes()
