@@ -93,8 +93,8 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
             measure(Subject(name_of(adapter, run), base, model, f"{digest} {digest_of(adapter)}"))
             del model
         del base
-        gc.collect()  # one model is in memory at a time
     if wanted.merged is not None:
+        gc.collect()  # one model is in memory at a time
         merged = load_base(recipe_of_merged(recipe, wanted.merged), default_device())
         measure(Subject("merged", merged, merged.model, fingerprint(merged.model)))
     return told(recipe, suites, answers, folder)

@@ -18,7 +18,7 @@ from pathlib import Path
 from random import Random
 
 import torch
-from span_text import document, vocabulary
+from span_text import document, kinds_of_words, vocabulary
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -28,6 +28,7 @@ SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 MASK = SPECIALS.index("[MASK]")
 NUM_STEPS, BATCH_SIZE, LEARNING_RATE = 400, 48, 4e-3
 MAX_LENGTH = 128
+SWAPS = 64  # words drawn for each to be replaced by
 MASKED, AS_MASK, AS_ANOTHER = 0.15, 0.5, 0.25
 TEXT_SEED, HELDOUT_SEED, MODEL_SEED = range(3)
 
@@ -72,20 +73,30 @@ def read_batch(tokenizer: PreTrainedTokenizerFast, random: Random) -> dict[str, 
     return dict(tokenizer(pairs, return_tensors="pt", **options))
 
 
-def mask(ids: Tensor, num_special: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """The ids with masked words, and where words are to be guessed: (B, T) int64 and bool."""
-    draws, kinds = (torch.rand(ids.shape, generator=generator) for _ in range(2))
-    chosen = (draws < MASKED) & (ids >= num_special)
-    words = ids[ids >= num_special]
-    another = words[torch.randint(len(words), ids.shape, generator=generator)]
-    hidden = torch.where(kinds < AS_MASK, MASK, torch.where(kinds < AS_MASK + AS_ANOTHER, another, ids))
-    return torch.where(chosen, hidden, ids), chosen
+class Masking:
+    """Hides words of a batch. Words are replaced by others of their kind, which only what is told elsewhere betrays."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, seed: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.kinds = torch.arange(len(tokenizer)).unsqueeze(1).repeat(1, SWAPS)  # of each word, others of its kind
+        drawn = Random(seed)
+        for group in map(tokenizer.convert_tokens_to_ids, kinds_of_words()):
+            for word in group:
+                self.kinds[word] = torch.tensor([drawn.choice(group) for _ in range(SWAPS)])
+
+    def hide(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """The ids with hidden words, and where words are to be guessed: (B, T) int64 and bool."""
+        draws, kinds = (torch.rand(ids.shape, generator=self.generator) for _ in range(2))
+        chosen = (draws < MASKED) & (ids >= len(SPECIALS))
+        another = self.kinds[ids, torch.randint(SWAPS, ids.shape, generator=self.generator)]
+        hidden = torch.where(kinds < AS_MASK, MASK, torch.where(kinds < AS_MASK + AS_ANOTHER, another, ids))
+        return torch.where(chosen, hidden, ids), chosen
 
 
-def guesses(model: BertForMaskedLM, batch: dict[str, Tensor], generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def guesses(model: BertForMaskedLM, batch: dict[str, Tensor], masking: Masking) -> tuple[Tensor, Tensor]:
     """Logits (N, V) of the masked words of a batch, and the words (N,). The head sees no other positions."""
     ids = batch["input_ids"]
-    hidden, chosen = mask(ids, len(SPECIALS), generator)
+    hidden, chosen = masking.hide(ids)
     with torch.autocast("cpu", torch.bfloat16):
         states = model.bert(**{**batch, "input_ids": hidden}).last_hidden_state
         return model.cls(states[chosen]).float(), ids[chosen]
@@ -102,10 +113,10 @@ def build_optimizers(model: BertForMaskedLM) -> list[torch.optim.Optimizer]:
 def pretrain(model: BertForMaskedLM, tokenizer: PreTrainedTokenizerFast, num_steps: int) -> None:
     """Reads `num_steps` batches of new stories; the rate rises over 40 steps and falls over the last half."""
     optimizers, started = build_optimizers(model), time.perf_counter()
-    random, generator = Random(TEXT_SEED), torch.Generator().manual_seed(TEXT_SEED)
+    random, masking = Random(TEXT_SEED), Masking(tokenizer, TEXT_SEED)
     model.train()
     for step in range(num_steps):
-        logits, words = guesses(model, read_batch(tokenizer, random), generator)
+        logits, words = guesses(model, read_batch(tokenizer, random), masking)
         loss = cross_entropy(logits, words)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -122,9 +133,9 @@ def pretrain(model: BertForMaskedLM, tokenizer: PreTrainedTokenizerFast, num_ste
 @torch.no_grad()
 def masked_accuracy(model: BertForMaskedLM, tokenizer: PreTrainedTokenizerFast, num_batches: int = 20) -> float:
     """The share of masked words of stories from another seed that are guessed right."""
-    random, generator = Random(HELDOUT_SEED), torch.Generator().manual_seed(HELDOUT_SEED)
+    random, masking = Random(HELDOUT_SEED), Masking(tokenizer, HELDOUT_SEED)
     model.eval()
-    found = [guesses(model, read_batch(tokenizer, random), generator) for _ in range(num_batches)]
+    found = [guesses(model, read_batch(tokenizer, random), masking) for _ in range(num_batches)]
     return torch.cat([logits.argmax(-1) == words for logits, words in found]).float().mean().item()
 
 

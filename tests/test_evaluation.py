@@ -87,8 +87,8 @@ def test_the_recipes_suites_are_measured_side_by_side_with_every_answer_on_disk(
 def test_a_killed_evaluation_goes_on_where_it_was(recipe_file, tmp_path):
     rows = [conversation(f"say {'na ' * (number % 30)}{number}", f"{number}") for number in range(300)]
     held_out = rows_of(tmp_path / "many.jsonl", rows)
-    command = [sys.executable, "-m", "qlora_cli", "eval", str(recipe_file), "--baseline", "--suite", "generate", "--json",
-               "--set", f"data.eval=[{{path: {held_out}}}]", "--set", "evaluation.batch_size=1"]  # fmt: skip
+    command = [sys.executable, "-m", "qlora_cli", "eval", str(recipe_file), "--baseline", "--suite", "generate",
+               "--json", "--set", f"data.eval=[{{path: {held_out}}}]", "--set", "evaluation.batch_size=1"]  # fmt: skip
     answers = tmp_path / "run" / "eval" / "generate.base.jsonl"
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not answers.exists() or answers.read_bytes().count(b"\n") < 20:

@@ -16,13 +16,17 @@ from tests.live_keys.bench import Bench, Live
 from tests.live_keys.data_keys import DATA
 from tests.live_keys.model_keys import ADAPTER, MODEL, QUANTIZATION
 from tests.live_keys.start_keys import START
+from tests.live_keys.suite_keys import SUITES, write_suite_rows
 from tests.live_keys.task_keys import TASK_ROWS, TASKS, lines_of
 from tests.live_keys.training_keys import EVALUATION, TOP, TRAINING
 
-LIVE = [*MODEL, *QUANTIZATION, *ADAPTER, *START, *DATA, *TASKS, *TRAINING, *EVALUATION, *TOP]
+LIVE = [*MODEL, *QUANTIZATION, *ADAPTER, *START, *DATA, *TASKS, *TRAINING, *EVALUATION, *SUITES, *TOP]
 
-RULED = {"data.eval[0].weight": 2.0}
-"""Keys that a rule refuses for any value but their default."""
+RULED = {
+    "data.eval[0].weight": (2.0, {}),
+    "evaluation.suites[0].data[0].weight": (2.0, {"evaluation.suites": [{"suite": "loss", "data": [{"path": "a"}]}]}),
+}
+"""Keys that a rule refuses for any value but their default: such a value, and what the recipe holds besides."""
 
 NOT_YET: dict[str, list[Any]] = {
     "model.added_tokens": [["<think>"]],
@@ -30,12 +34,6 @@ NOT_YET: dict[str, list[Any]] = {
     "training.neftune_noise_alpha": [5],
 }
 """Values whose feature is still to come, of keys that do not spell their values out."""
-
-UNTRIED = (
-    *("num_beams", "max_answer_length", "bootstrap_resamples", "during_training", "best_metric"),
-    *("early_stopping_patience", "suites[0]"),
-)
-"""Keys of `evaluation` without an entry yet: tests/evaluate looks at what they do."""
 
 
 def keys() -> dict[str, FieldInfo]:
@@ -46,11 +44,6 @@ def keys() -> dict[str, FieldInfo]:
         for name, field in fields(section).items()
         if section_of(field.annotation) is None
     }
-
-
-def untried(name: str) -> bool:
-    """Whether a key has no entry yet."""
-    return any(name.startswith(f"evaluation.{key}") for key in UNTRIED)
 
 
 def changeable(field: FieldInfo) -> bool:
@@ -68,12 +61,17 @@ def spelled_out(field: FieldInfo) -> list[Any]:
     return [value for value in choices(field.annotation) if allowed and not any(same(value, one) for one in allowed)]
 
 
+def optional(some: dict[str, FieldInfo]) -> list[tuple[str, FieldInfo]]:
+    """Those with a default."""
+    return [(name, field) for name, field in some.items() if not field.is_required()]
+
+
 SPELLED = {name: field for name, field in keys().items() if choices(field.annotation)}
 
 USUAL = {
     (name, json.dumps(value))
     for name, value in [
-        *((name, field.get_default(call_default_factory=True)) for name, field in SPELLED.items() if not untried(name)),
+        *((name, field.get_default(call_default_factory=True)) for name, field in optional(SPELLED)),
         *((name, "auto") for name in keys()),
         ("quantization.compute_dtype", "float32"),
         ("training.optimizer", "adamw"),
@@ -104,6 +102,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, rows_file:
     for name, content in written.items():
         places[name.split(".")[0]] = root / name
         (root / name).write_text(content)
+    places |= write_suite_rows(root)
     made = Bench(places, root)
     places["adapter"] = made.trained(made.recipe({"training.max_steps": 2})).folder / "adapter"
     return made
@@ -183,7 +182,7 @@ def test_every_live_key_has_an_effect_outside_the_stored_recipe(bench: Bench, li
 
 def test_every_key_is_in_the_table_or_takes_nothing_but_its_default():
     known = {live.key for live in LIVE} | set(RULED)
-    expected = {name for name, field in keys().items() if changeable(field) and not untried(name)}
+    expected = {name for name, field in keys().items() if changeable(field)}
     assert sorted(expected - known) == [], "a live key without an entry: add one to tests/live_keys"
     assert sorted(known - expected) == [], "an entry for a key that is gone, or takes nothing but its default"
 
@@ -195,8 +194,7 @@ def test_every_value_that_a_key_spells_out_is_in_the_table_or_refused():
         f"{name}={value}"
         for name, field in SPELLED.items()
         for value in choices(field.annotation)
-        if not untried(name)
-        and (name, json.dumps(value)) not in tried | {(n, json.dumps(v)) for n, v in REFUSED} | USUAL
+        if (name, json.dumps(value)) not in tried | {(n, json.dumps(v)) for n, v in REFUSED} | USUAL
     ]
     assert missing == []
 
@@ -217,7 +215,9 @@ def test_a_value_whose_feature_is_to_come_is_refused(tmp_path: Path, name: str, 
     assert "is not available yet" in told[0]
 
 
-@pytest.mark.parametrize(("name", "value"), RULED.items(), ids=str)
-def test_a_key_without_effect_is_refused(tmp_path: Path, name: str, value: Any):
+@pytest.mark.parametrize("name", RULED)
+def test_a_key_without_effect_is_refused(tmp_path: Path, name: str):
+    value, beside = RULED[name]
+    assert Bench({}, tmp_path).recipe(beside)
     with pytest.raises(UserErrors, match="has no effect"):
-        Bench({}, tmp_path).recipe({name: value})
+        Bench({}, tmp_path).recipe({**beside, name: value})

@@ -15,10 +15,12 @@ from qlora_cli.model.base import Base
 
 
 class Decoding(NamedTuple):
-    """How an answer is generated. num_beams: 1 is greedy."""
+    """How an answer is generated, by the names of the recipe's section `evaluation`."""
 
     max_new_tokens: int
     num_beams: int = 1
+    length_penalty: float = 1.0
+    no_repeat_ngram_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,8 @@ def deciding(base: Base, model: Any, decoding: Decoding) -> Iterator[None]:
         max_new_tokens=decoding.max_new_tokens,
         do_sample=False,
         num_beams=decoding.num_beams,
+        length_penalty=decoding.length_penalty,
+        no_repeat_ngram_size=decoding.no_repeat_ngram_size,
         use_cache=True,
         eos_token_id=sorted(base.stop_token_ids),
         pad_token_id=base.tokenizer.eos_token_id,

@@ -30,7 +30,7 @@ def open_generate(suite: Suite, context: Context) -> Opened:
     if not questions:
         raise no_rows(suite) if not examples.rows else _no_prompts(suite)
     evaluation = context.recipe.evaluation
-    decoding = Decoding(evaluation.max_new_tokens, evaluation.num_beams)
+    decoding = Decoding(*(getattr(evaluation, name) for name in Decoding._fields))
     metrics = chosen_metrics(suite, "text", ("exact_match",))
     return Opened(
         name_of(suite),

@@ -41,7 +41,7 @@ def recipe_json_schema() -> dict[str, Any]:
     What it cannot say: keys that exclude each other (rules.py), and that 8.0 is no whole number.
     """
     made = Recipe.model_json_schema(by_alias=True)
-    for section in dict.fromkeys(section for _, section in sections()):  # Source is in data.train and data.eval
+    for section in dict.fromkeys(section for _, section in sections()):  # Source is in several places
         holder = made if section is Recipe else made["$defs"][section.__name__]
         holder.pop("title")
         for name, field in fields(section).items():
@@ -51,13 +51,11 @@ def recipe_json_schema() -> dict[str, Any]:
 
 
 def recipe_markdown() -> str:
-    """Every key of every section in a table, and the rules between keys."""
-    parts = [HEAD]
+    """Every key of every section in a table, one for all places of the same section, and the rules between keys."""
+    places: dict[type[Section], list[str]] = {}
     for path, section in sections():
-        name = dotted(path).replace("[0]", "[]")
-        if not name.startswith("data.eval[]"):
-            title = name if "[]" not in name else f"{name}` and `{name.replace('train', 'eval')}"
-            parts.append("\n".join(_table(f"`{title}`" if name else "Top level", section)))
+        places.setdefault(section, []).append(f"`{dotted(path).replace('[0]', '[]')}`" if path else "Top level")
+    parts = [HEAD, *("\n".join(_table(", ".join(names), section)) for section, names in places.items())]
     parts.append("\n".join(_rules()))
     return "\n".join(parts)
 

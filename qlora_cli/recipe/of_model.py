@@ -18,7 +18,7 @@ DATA_TYPES = tuple(str(name) for name in choices(type_at(("quantization", "data_
 """Every data type that quantises."""
 
 KEYS = {
-    "model": ("revision", "trust_remote_code"),
+    "model": ("revision", "trust_remote_code", "task", "num_labels"),
     "quantization": ("double_quant", "block_size", "compute_dtype", "skip_modules", "zero_point", "clip"),
     "data": ("eval", "chat_template", "chat_template_kwargs", "train_on", "on_bad_row", "on_long_row", "workers"),
 }

@@ -186,7 +186,7 @@ def weights_are_for_training(recipe: Recipe) -> Iterator[Problem]:
 
 def a_stream_has_no_end(recipe: Recipe) -> Iterator[Problem]:
     """`streaming` is for all sources of `data.train` or for none; it needs `training.max_steps`, and held-out rows of
-    their own. A source of `data.eval`, or of a suite, with it needs `limit`."""
+    their own. A source of `data.eval`, or of a suite, with it is a data set of the hub and needs `limit`."""
     streaming = [source.streaming for source in recipe.data.train]
     place = ("data", "train", streaming.index(True), "streaming") if any(streaming) else ()
     if any(streaming) and not all(streaming):
@@ -199,6 +199,9 @@ def a_stream_has_no_end(recipe: Recipe) -> Iterator[Problem]:
         if source.streaming and source.limit is None:
             todo = "Set `limit`: held-out rows are all kept"
             yield Problem((*where, "streaming"), "`streaming: true` without `limit`", todo)
+        elif source.streaming and is_local(source.path):
+            what = "`streaming: true` has no effect on held-out files, which are read up to `limit`"
+            yield Problem((*where, "streaming"), what, "Delete it")
 
 
 def a_template_is_the_format(recipe: Recipe) -> Iterator[Problem]:

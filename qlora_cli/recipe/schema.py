@@ -295,6 +295,12 @@ class Evaluation(Section):
     )
     max_new_tokens: int = key(128, "longest generated answer", unit="tokens", ge=1)
     num_beams: int = key(1, "beams of generated answers; 1: greedy", ge=1)
+    length_penalty: Real = key(
+        1.0, "beams: their score is divided by length to this power; above 1 favours long answers"
+    )
+    no_repeat_ngram_size: int = key(
+        0, "so many generated tokens never follow each other twice; 0: no limit", unit="tokens", ge=0
+    )
     max_answer_length: int = key(30, "longest answer span of question_answering", unit="tokens", ge=1)
     bootstrap_resamples: int = key(1000, "resamples of the rows behind each 95% interval; 0: no intervals", ge=0)
     suites: list[Suite] = key(list, "what `qlora eval` measures; none: what fits the task, on the held-out rows")

@@ -38,7 +38,10 @@ DEFAULTS = {
 }
 """What is measured of a task where the recipe names no suites."""
 
-READ_BY = {"max_new_tokens": "generate", "num_beams": "generate", "max_answer_length": "squad"}
+READ_BY = {
+    **dict.fromkeys(("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size"), "generate"),
+    "max_answer_length": "squad",
+}
 """Keys of `evaluation` that one suite alone reads."""
 
 
@@ -84,7 +87,9 @@ def a_key_of_a_suite_is_read(recipe: Recipe) -> Iterator[Problem]:
             yield Problem((*place, "suite"), "`suite: choice` without `data`", "Name its files: data: [{path: ...}]")
         if suite.suite == "lm_eval" and not suite.tasks:
             yield Problem((*place, "suite"), "`suite: lm_eval` without `tasks`", "Name them: tasks: [arc_easy]")
-        if ("regex" in suite.metrics) != (suite.pattern is not None):
+        if suite.suite == "classify" and "regex" in suite.metrics:
+            yield Problem((*place, "metrics"), "the metric `regex` is for `suite: generate`", "Delete it")
+        elif ("regex" in suite.metrics) != (suite.pattern is not None):
             todo = "Set both, or neither"
             yield Problem((*place, "metrics"), "the metric `regex` and `pattern` go together", todo)
         if suite.shots_from is not None and not suite.shots:
@@ -97,12 +102,14 @@ def a_key_of_a_suite_is_read(recipe: Recipe) -> Iterator[Problem]:
 
 
 def how_answers_are_given_is_of_a_suite(recipe: Recipe) -> Iterator[Problem]:
-    """`evaluation.max_new_tokens` and `num_beams` are for `suite: generate`, `max_answer_length` is for `suite: squad`:
-    where suites are named, one of them is such."""
+    """`evaluation.max_new_tokens`, `num_beams`, `length_penalty` and `no_repeat_ngram_size` are for `suite: generate`,
+    `max_answer_length` is for `suite: squad`: where suites are named, one of them is such. `length_penalty` is of beams."""
     kinds = {suite.suite for suite in recipe.evaluation.suites}
     for name, kind in READ_BY.items():
         if kinds and kind not in kinds and recipe.model.task in TASKS_OF[kind]:
             yield from no_effect(recipe, "evaluation", name, f"without a `suite: {kind}`")
+    if recipe.evaluation.num_beams == 1:
+        yield from no_effect(recipe, "evaluation", "length_penalty", "with `num_beams: 1`")
 
 
 def what_is_run_in_training_exists(recipe: Recipe) -> Iterator[Problem]:

@@ -107,7 +107,7 @@ def lengths_are_of_the_task(recipe: Recipe) -> Iterator[Problem]:
     else:
         yield from no_effect(recipe, "data", "on_long_row", f"with `task: {task}`: long contexts are read in windows")
     if task not in TEXT_TASKS:
-        for name in ("max_new_tokens", "num_beams"):
+        for name in ("max_new_tokens", "num_beams", "length_penalty", "no_repeat_ngram_size"):
             yield from no_effect(recipe, "evaluation", name, f"with `task: {task}`")
 
 

@@ -157,6 +157,21 @@ def watched() -> Iterator[Watch]:
         torch.use_deterministic_algorithms(deterministic)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What `qlora eval` told of the only suite of a recipe, its answers in the order of the rows, and what passed."""
+
+    suite: dict[str, Any]
+    answers: list[dict[str, Any]]
+    watch: Watch
+
+    @property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """The base's figures, by name."""
+        figures: dict[str, dict[str, Any]] = self.suite["models"]["base"]
+        return figures
+
+
 class Bench:
     """Recipes from dotted values, and what becomes of them. Equal recipes are prepared and trained once.
 
@@ -211,6 +226,18 @@ class Bench:
             except UserError as error:
                 watch.error = error
         return watch
+
+    def measured(self, recipe: Recipe) -> Measured:
+        """`qlora eval` of the base, untrained, in a folder of its own."""
+        return self._once("measure", recipe, self.measure_anew)
+
+    def measure_anew(self, recipe: Recipe) -> Measured:
+        with watched() as watch:
+            watch.folder = self._new_folder()
+            own = recipe.model_copy(update={"output_dir": str(watch.folder)})
+            (suite,) = commands.evaluate(own, QuietReport(), commands.Wanted(baseline=True))["suites"]
+        stored = (watch.folder / "eval" / f"{suite['name']}.base.jsonl").read_text().splitlines()
+        return Measured(suite, sorted(map(json.loads, stored[1:]), key=lambda answer: answer["row"]), watch)
 
     def _once(self, verb: str, recipe: Recipe, make: Callable[[Recipe], Any]) -> Any:
         name = verb + recipe.model_dump_json(exclude={"output_dir"})

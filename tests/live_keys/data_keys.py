@@ -58,8 +58,11 @@ def answer(role: str) -> Callable[[Bench, Recipe], str]:
     return see
 
 
-def asked_of_the_hub(role: str) -> Callable[[Bench, Recipe], tuple[Any, ...]]:
-    """Id, configuration and split of the data set asked for; the hub is played by a recorder with two splits."""
+def asked_of_the_hub(go: Callable[[Bench, Recipe], Any]) -> Callable[[Bench, Recipe], tuple[Any, ...]]:
+    """Id, configuration and split of the data set asked for; the hub is played by a recorder with two splits.
+
+    go: what reads the rows.
+    """
 
     def see(bench: Bench, recipe: Recipe) -> tuple[Any, ...]:
         calls: list[tuple[Any, ...]] = []
@@ -71,7 +74,7 @@ def asked_of_the_hub(role: str) -> Callable[[Bench, Recipe], tuple[Any, ...]]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("datasets.load_dataset", load_dataset)
             patch.setattr("datasets.get_dataset_split_names", lambda path, name: ["train", "test"])
-            bench.prepare_anew(recipe)
+            go(bench, recipe)
         (call,) = set(calls)
         return call
 
@@ -121,20 +124,25 @@ def feed_of(bench: Bench, recipe: Recipe) -> str:
     return type(bench.prepared(recipe).feed).__name__
 
 
-def streamed_from_the_hub(bench: Bench, recipe: Recipe) -> bool:
-    """Whether the held-out data set is asked for as a stream."""
-    seen = []
+def streamed_from_the_hub(go: Callable[[Bench, Recipe], Any]) -> Callable[[Bench, Recipe], bool]:
+    """Whether the held-out data set is asked for as a stream. go: what reads the rows."""
 
-    def read(self: HubData, start: Any = None) -> Iterator[Read]:
-        seen.append(self.streaming)
-        yield Read(1, conversation("a question", "an answer"), Mark(1))
+    def see(bench: Bench, recipe: Recipe) -> bool:
+        seen = []
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("datasets.get_dataset_split_names", lambda path, name: ["train", "test"])
-        patch.setattr(HubData, "read", read)
-        patch.setattr(HubData, "digest", lambda self: f"one row {self.streaming}")
-        bench.prepare_anew(recipe)
-    return seen[0]
+        def read(self: HubData, start: Any = None) -> Iterator[Read]:
+            seen.append(self.streaming)
+            yield Read(1, conversation("a question", "an answer"), Mark(1))
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("datasets.get_dataset_split_names", lambda path, name: ["train", "test"])
+            patch.setattr(HubData, "read", read)
+            patch.setattr(HubData, "digest", lambda self: f"one row {self.streaming} {go}")
+            go(bench, recipe)
+        (streamed,) = set(seen)
+        return streamed
+
+    return see
 
 
 def num_processes(bench: Bench, recipe: Recipe) -> int:
@@ -190,19 +198,20 @@ def another_format(name: str) -> Callable[[Any, Any], bool]:
 def source_keys(role: str, file: str, num_rows: int, split: str) -> list[Live]:
     """The keys of a source; those of data.train and of data.eval are read on different paths."""
     at, hub = f"data.{role}[0]", {f"data.{role}[0].path": "someone/rows"}
+    asked = asked_of_the_hub(Bench.prepare_anew)
     return [
         Live(f"{at}.path", "$others", files(role), becomes({file}, {"others.jsonl"})),
         Live(
             f"{at}.name",
             "small",
-            asked_of_the_hub(role),
+            asked,
             becomes(("someone/rows", None, split), ("someone/rows", "small", split)),
             hub,
         ),
         Live(
             f"{at}.split",
             "extra",
-            asked_of_the_hub(role),
+            asked,
             becomes(("someone/rows", None, split), ("someone/rows", None, "extra")),
             hub,
         ),
@@ -274,7 +283,7 @@ DATA = [
     Live(
         "data.eval[0].streaming",
         True,
-        streamed_from_the_hub,
+        streamed_from_the_hub(Bench.prepare_anew),
         becomes(False, True),
         {"data.eval[0].path": "someone/rows", "data.eval[0].limit": 4},
     ),

@@ -284,6 +284,11 @@ BROKEN = [
                 "`shots_from` has no effect with `shots: 0`",
             ),
             (
+                "{suite: loss, data: [{path: held.jsonl, streaming: true, limit: 9}]}",
+                "[0].data[0].streaming",
+                "`streaming: true` has no effect on held-out files",
+            ),
+            (
                 "{suite: choice, data: [{path: a, format: alpaca}]}",
                 "[0].data[0].format",
                 "`format` has no effect on `suite: choice`",
@@ -329,12 +334,23 @@ BROKEN = [
             f"evaluation.{name}",
             f"`{name}: 9` has no effect without a `suite: generate`",
         )
-        for name in ("max_new_tokens", "num_beams")
+        for name in ("max_new_tokens", "num_beams", "no_repeat_ngram_size")
+    ),
+    (
+        "evaluation: {length_penalty: 2.0}",
+        "evaluation.length_penalty",
+        "`length_penalty: 2.0` has no effect with `num_beams: 1`",
     ),
     (
         "model: {task: question_answering}\nevaluation: {suites: [{suite: loss}], max_answer_length: 9}",
         "evaluation.max_answer_length",
         "`max_answer_length: 9` has no effect without a `suite: squad`",
+    ),
+    (
+        "model: {task: sequence_classification, num_labels: 2}\n"
+        "evaluation: {suites: [{suite: classify, metrics: [regex]}]}",
+        "evaluation.suites[0].metrics",
+        "the metric `regex` is for `suite: generate`",
     ),
     (
         "evaluation: {best_metric: loss.loss}",
