@@ -103,7 +103,7 @@ def a_key_of_a_suite_is_read(recipe: Recipe) -> Iterator[Problem]:
 
 def how_answers_are_given_is_of_a_suite(recipe: Recipe) -> Iterator[Problem]:
     """`evaluation.max_new_tokens`, `num_beams`, `length_penalty` and `no_repeat_ngram_size` are for `suite: generate`,
-    `max_answer_length` is for `suite: squad`: where suites are named, one of them is such. `length_penalty` is of beams."""
+    `max_answer_length` for `suite: squad`: where suites are named, one is such. `length_penalty` is for beams."""
     kinds = {suite.suite for suite in recipe.evaluation.suites}
     for name, kind in READ_BY.items():
         if kinds and kind not in kinds and recipe.model.task in TASKS_OF[kind]:

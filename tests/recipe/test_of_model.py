@@ -61,7 +61,8 @@ def test_an_option_that_would_change_nothing_is_refused_with_those_that_do(optio
     with pytest.raises(UserError) as error:
         recipe_of_model("m", ["nf4"], None, [option])
     assert str(error.value) == (
-        f"--set {option}: sets nothing that counts here. What may be set is model: revision, trust_remote_code, task, num_labels; "
+        f"--set {option}: sets nothing that counts here. What may be set is model: revision, trust_remote_code, "
+        "task, num_labels; "
         "quantization: double_quant, block_size, compute_dtype, skip_modules, zero_point, clip."
     )
 
