@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.evaluation import Wanted, evaluate, refuse_damaged, say_if_another_base
+from qlora_cli.evaluation import Wanted, digest_of, evaluate, refuse_damaged, say_if_another_base
 from qlora_cli.merge.difference import Forward, compare, logits_of, next_tokens
 from qlora_cli.merge.merge import merge_adapter
 from qlora_cli.model.adapter import load_adapter
@@ -160,6 +160,7 @@ def merge(
     result = {
         "out": str(out),
         "adapter": str(run.adapter),
+        "adapter_digest": digest_of(run.adapter),
         "base": onto,
         "same_base": unmerged.same_base,
         "dtype": str(chosen).removeprefix("torch."),

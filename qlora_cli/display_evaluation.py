@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from qlora_cli.data.view import visible
+
 SHOWN_GROUPS = 100
 """Groups of a suite that are told, MMLU has 57; the file has all."""
 
@@ -22,32 +24,37 @@ def print_evaluation(result: dict[str, Any]) -> None:
             for group, figures in list(groups.items())[:SHOWN_GROUPS]:
                 rows, *rest = figures.items()
                 told = "  ".join(f"{label} {figure(label, value)}" for label, value in rest)
-                console.print(f"  {name:<8} {escape(group)}, {rows[1]:,} rows: {told}", soft_wrap=True)
+                console.print(f"  {shown(name):<8} {shown(group)}, {rows[1]:,} rows: {told}", soft_wrap=True)
         for note in suite["notes"]:
-            console.print(f"note      {escape(note)}", soft_wrap=True)
-        console.print(f"answers   {escape(suite['file'])}", "", sep="\n", soft_wrap=True)
+            console.print(f"note      {shown(note)}", soft_wrap=True)
+        console.print(f"answers   {shown(suite['file'])}", "", sep="\n", soft_wrap=True)
     names = list(result["models"])
     for sample in result["samples"]:
-        console.print(f"prompt    {escape(sample['prompt'])}", soft_wrap=True)
-        console.print(f"expected  {escape(sample['expected'])}", soft_wrap=True)
+        console.print(f"prompt    {shown(sample['prompt'])}", soft_wrap=True)
+        console.print(f"expected  {shown(sample['expected'])}", soft_wrap=True)
         for name in names:
-            console.print(f"{name:<9} {escape(sample[name])}", soft_wrap=True)
+            console.print(f"{shown(name):<9} {shown(sample[name])}", soft_wrap=True)
+
+
+def shown(text: str) -> str:
+    """A text of a row, a model or a recipe as the console prints it: no markup, nothing that a terminal obeys."""
+    return escape(visible(text))
 
 
 def suite_table(suite: dict[str, Any]) -> Table:
     """The figures of a suite with their 95% intervals."""
-    title = f"{suite['name']}: {suite['rows']:,} rows"
+    title = f"{shown(suite['name'])}: {suite['rows']:,} rows"
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     table.add_column("")
     for name in suite["models"]:
-        table.add_column(name, justify="right")
+        table.add_column(shown(name), justify="right")
     for difference in suite["differences"]:
-        table.add_column(f"{difference['of']} - {difference['to']}", justify="right")
+        table.add_column(f"{shown(difference['of'])} - {shown(difference['to'])}", justify="right")
     labels = list(next(iter(suite["models"].values())))
     for label in labels:
         cells = [estimate(label, figures[label]) for figures in suite["models"].values()]
         cells += [estimate(label, difference["figures"][label], True) for difference in suite["differences"]]
-        table.add_row(label.replace("_", " "), *cells)
+        table.add_row(shown(label.replace("_", " ")), *cells)
     return table
 
 

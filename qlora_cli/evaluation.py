@@ -10,15 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+from tokenizers import Tokenizer
+
 from qlora_cli.data.examples import Examples
 from qlora_cli.data.store import part_from_json
 from qlora_cli.errors import UserError
-from qlora_cli.evaluate.measuring import Answers, Subject, answered, result_of, store_result
+from qlora_cli.evaluate.measuring import Answers, Subject, answered, known_answers, result_of, store_result
 from qlora_cli.evaluate.suite import Opened
 from qlora_cli.model.adapter import CONFIG, WEIGHTS, load_adapter
-from qlora_cli.model.base import Base, default_device, find_base, fingerprint, load_base
+from qlora_cli.model.base import Base, Found, default_device, find_base, fingerprint, load_base
 from qlora_cli.model.owner import start_of
-from qlora_cli.model.source import read_config
+from qlora_cli.model.source import read_config, read_json
 from qlora_cli.model.whole_folder import MANIFEST, fault
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
@@ -59,6 +62,7 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
     if not adapter.exists() and (wanted.adapter or not (wanted.baseline or wanted.merged)):
         raise UserError(adapter, "no adapter there", "run `qlora train`, or measure the base alone with --baseline")
     refuse_damaged(adapter)
+    refuse_other_labels(recipe, run)
     on_base = recipe_of_base(recipe, run)
     found = find_base(on_base)
     held_out = (
@@ -80,14 +84,22 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
             answers[suite.name][subject.name] = answered(suite, subject, folder, wanted.again, progress)
             report.end()
 
+    if wanted.merged is not None:
+        refuse_other_merged(wanted.merged, adapter, found)
     if wanted.baseline or adapter.exists():
         base = load_base(on_base, default_device(), found)
         say_base(report, on_base, base)
-        digest = fingerprint(base.model)  # before the first forward pass
-        say_if_another_base(run, digest, report)
+        weights = fingerprint(base.model)  # before the first forward pass
+        say_if_another_base(run, weights, report)
+        digest = f"{weights} {reads_as(found)}"
         if wanted.baseline:
             with before_training(base) as (name, model):
                 measure(Subject(name, base, model, digest))
+        else:  # what was measured before, and is of this very base, stands beside the adapter
+            for suite in suites:
+                name = baseline_name(base)
+                if (known := known_answers(suite, name, digest, folder)) is not None:
+                    answers[suite.name][name] = known
         if adapter.exists():
             model = load_adapter(base, adapter)
             measure(Subject(name_of(adapter, run), base, model, f"{digest} {digest_of(adapter)}"))
@@ -96,11 +108,43 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
     if wanted.merged is not None:
         gc.collect()  # one model is in memory at a time
         merged = load_base(recipe_of_merged(recipe, wanted.merged), default_device())
-        measure(Subject("merged", merged, merged.model, fingerprint(merged.model)))
+        measure(Subject("merged", merged, merged.model, f"{fingerprint(merged.model)} {reads_as(merged)}"))
     return told(recipe, suites, answers, folder)
 
 
-def held_out_rows(recipe: Recipe, found: Any, report: Report, run: Run, adapter: Path) -> Examples:
+def refuse_other_labels(recipe: Recipe, run: Run) -> None:
+    """Refuses classes that are others, or in another order, than those that the run was trained on."""
+    if run.resolved.exists() and run.adapter.exists():
+        trained = yaml.safe_load(run.resolved.read_text())["model"]
+        now = {"labels": list(recipe.model.labels), "num_labels": recipe.model.num_labels}
+        for name, value in now.items():
+            if (before := trained.get(name, value)) != value:
+                what = f"is {value}, and the run was trained with {before}"
+                raise UserError(f"model.{name}", what, "give the key its value back: the head knows no others")
+
+
+def reads_as(found: Found) -> str:
+    """SHA-256 of what turns text into ids and ends an answer: answers depend on it as on the weights."""
+    text = found.tokenizer.backend_tokenizer.to_str() + str(sorted(found.stop_token_ids))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def refuse_other_merged(folder: Path, adapter: Path, found: Found) -> None:
+    """Refuses a merged folder of another adapter, as its merge.json says, or one that reads text otherwise."""
+    record = folder / "merge.json"
+    if record.is_file() and adapter.exists():
+        made_of = read_json(record, "qlora merge writes it").get("adapter_digest", digest_of(adapter))
+        if made_of != digest_of(adapter):
+            what = f"was merged from another adapter than {adapter}"
+            raise UserError(f"--merged {folder}", what, "run `qlora merge` again, or name another folder")
+    if (folder / "tokenizer.json").is_file():
+        theirs = Tokenizer.from_file(str(folder / "tokenizer.json")).get_vocab()
+        if theirs != found.tokenizer.backend_tokenizer.get_vocab():
+            what = "its tokenizer is another one, so the rows would be other tokens to it"
+            raise UserError(f"--merged {folder}", what, "name a folder that `qlora merge` wrote of this run")
+
+
+def held_out_rows(recipe: Recipe, found: Found, report: Report, run: Run, adapter: Path) -> Examples:
     """The recipe's held-out rows. Raises UserError where there are none, or where the adapter was trained on them."""
     if not (recipe.data.eval or recipe.data.eval_fraction):
         raise UserError(
@@ -157,11 +201,16 @@ def before_training(base: Base) -> Iterator[tuple[str, Any]]:
     """What training began with, by name: the base, or the start, which is one with an adapter on it that changed it."""
     start = start_of(base.folder)
     if start is None:
-        yield "base", base.model
+        yield baseline_name(base), base.model
         return
     model = load_adapter(base, start)
-    yield "start", model
+    yield baseline_name(base), model
     model.unload()  # which gives the base its own layers back
+
+
+def baseline_name(base: Base) -> str:
+    """What a model before training is called: `start` where a start changed the base."""
+    return "base" if start_of(base.folder) is None else "start"
 
 
 def recipe_of_merged(recipe: Recipe, folder: Path) -> Recipe:
@@ -186,7 +235,8 @@ def name_of(adapter: Path, run: Run) -> str:
     if adapter.resolve() == run.adapter.resolve():
         return "adapter"
     folder = adapter.resolve()
-    return folder.parent.name if folder.name == "adapter" else folder.name
+    name = folder.parent.name if folder.name == "adapter" else folder.name
+    return f"adapter-{name}" if name in ("", "adapter", "base", "start", "merged") else name
 
 
 def digest_of(adapter: Path) -> str:

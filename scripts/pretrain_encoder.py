@@ -63,7 +63,12 @@ def new_model(vocab_size: int) -> BertForMaskedLM:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    return BertForMaskedLM(config)
+    model = BertForMaskedLM(config)
+    # sinusoids (Vaswani et al. 2017), then trained on: so few steps do not teach random ones what stands side by side
+    at = torch.arange(MAX_LENGTH).unsqueeze(1) * 1e4 ** (-torch.arange(0, 1, 2 / config.hidden_size))
+    waves = torch.cat([at.sin(), at.cos()], dim=1)
+    model.bert.embeddings.position_embeddings.weight.data = waves * (config.initializer_range / waves.std())
+    return model
 
 
 def read_batch(tokenizer: PreTrainedTokenizerFast, random: Random) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,8 +14,10 @@ from typing import Any
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from tests.conftest import conversation
+from tests.tiny import write_tiny_model
 
 
 def rows_of(path: Path, rows: list[dict[str, Any]]) -> str:
@@ -161,3 +165,103 @@ def test_rows_that_were_trained_on_are_refused_in_a_suite_too(recipe_file, rows_
         ended = qlora("eval", recipe_file, "--set", f"evaluation.suites[0]={{{suite}, data: [{source}]}}")
         assert (ended.code, "trained on" in ended.err) == (2, True), ended.err
         assert "base  " not in ended.err, "the weights were read first"
+
+
+# ── what answers depend on ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def own_model(tmp_path) -> Path:
+    """A model that a test may change."""
+    return write_tiny_model(tmp_path / "own")
+
+
+@pytest.mark.parametrize(("file", "change"), [
+    ("tokenizer.json", lambda text: text.replace('"add_prefix_space": false', '"add_prefix_space": true')),
+    ("generation_config.json", lambda text: json.dumps(json.loads(text) | {"eos_token_id": [2, 100]})),
+])  # fmt: skip
+def test_answers_by_another_tokenizer_or_other_stop_tokens_are_not_taken_up(
+    recipe_file, own_model, qlora, file, change
+):
+    arguments = ["eval", recipe_file, "--baseline", "--suite", "quiz", "--set", f"model.name_or_path={own_model}"]
+    assert qlora(*arguments).code == 0
+    before = (own_model / file).read_text()
+    assert change(before) != before
+    (own_model / file).write_text(change(before))
+    ended = qlora(*arguments)
+    assert ended.code == 3
+    assert "holds answers of another model" in ended.err
+
+
+def test_what_is_known_of_the_base_stands_beside_the_adapter(recipe_file, qlora, tmp_path):
+    assert qlora("train", recipe_file).code == 0
+    assert qlora("eval", tmp_path / "run", "--baseline", "--suite", "quiz").code == 0
+    whole = (tmp_path / "run" / "eval" / "quiz.json").read_text()
+    assert qlora("eval", tmp_path / "run", "--suite", "quiz").code == 0
+    assert (tmp_path / "run" / "eval" / "quiz.json").read_text() == whole
+
+
+@pytest.mark.parametrize("name", ["base", "start", "merged"])
+def test_no_adapter_is_called_as_the_base_is(recipe_file, qlora, tmp_path, name):
+    assert qlora("train", recipe_file).code == 0
+    shutil.copytree(tmp_path / "run" / "adapter", tmp_path / name)
+    ended = qlora("eval", recipe_file, "--adapter", tmp_path / name, "--suite", "quiz", "--json")
+    assert list(json.loads(ended.out)["models"]) == [f"adapter-{name}"]
+
+
+def test_a_folder_merged_from_another_adapter_or_with_another_tokenizer_is_refused(recipe_file, qlora, tmp_path):
+    assert qlora("train", recipe_file).code == 0
+    merged = tmp_path / "merged"
+    assert qlora("merge", tmp_path / "run", "--out", merged).code == 0
+    record = json.loads((merged / "merge.json").read_text())
+    (merged / "merge.json").write_text(json.dumps(record | {"adapter_digest": "0" * 64}))
+    ended = qlora("eval", tmp_path / "run", "--merged", merged, "--suite", "quiz")
+    assert (ended.code, "was merged from another adapter" in ended.err) == (2, True), ended.err
+    (merged / "merge.json").unlink()
+    tokenizer = json.loads((merged / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["A"], vocabulary["B"] = vocabulary["B"], vocabulary["A"]
+    (merged / "tokenizer.json").write_text(json.dumps(tokenizer))
+    ended = qlora("eval", tmp_path / "run", "--merged", merged, "--suite", "quiz")
+    assert (ended.code, "its tokenizer is another one" in ended.err) == (2, True), ended.err
+
+
+@pytest.mark.parametrize("suite", ["quiz", "prose", "generate", "loss"])
+def test_a_model_whose_logits_are_no_numbers_is_told(recipe_file, own_model, qlora, suite):
+    weights = load_file(own_model / "model.safetensors")
+    weights["model.norm.weight"][:] = math.nan
+    save_file(weights, own_model / "model.safetensors", {"format": "pt"})
+    ended = qlora("eval", recipe_file, "--baseline", "--suite", suite, "--set", f"model.name_or_path={own_model}")
+    assert (ended.code, ended.out) == (1, "")
+    assert "the model's logits are not numbers. Check its weights" in ended.err
+
+
+def test_what_a_metric_cannot_read_is_told_before_anything_is_asked(recipe_file, qlora, tmp_path):
+    rows = [conversation("say", "no JSON"), conversation("write", "{}")]
+    held_out = rows_of(tmp_path / "text.jsonl", rows)
+    settings = [f"data.eval=[{{path: {held_out}}}]", "evaluation.suites=[{suite: generate, metrics: [json_equal]}]"]
+    ended = qlora("eval", recipe_file, "--baseline", "--set", settings[0], "--set", settings[1])
+    assert ended.code == 2, ended.err
+    assert "JSON" in ended.err
+    assert not list((tmp_path / "run").rglob("*.jsonl"))
+
+
+def test_nothing_of_a_row_reaches_the_terminal_as_a_command(recipe_file, qlora, tmp_path):
+    rows = [conversation("say \x1b]0;owned\x07[bold]", "\x1b[2J"), conversation("say", "so")]
+    held_out = rows_of(tmp_path / "odd.jsonl", rows)
+    ended = qlora(
+        "eval", recipe_file, "--baseline", "--suite", "generate", "--set", f"data.eval=[{{path: {held_out}}}]"
+    )
+    assert ended.code == 0
+    assert "\x1b" not in ended.out
+    assert r"\x1b]0;owned\x07[bold]" in ended.out
+
+
+def test_rows_without_a_prompt_are_told(recipe_file, qlora, tmp_path):
+    rows = [{"prompt": "", "completion": "text"}, {"prompt": "ask", "completion": "answer"}]
+    held_out = rows_of(tmp_path / "mixed.jsonl", rows)
+    ended = qlora(
+        "eval", recipe_file, "--baseline", "--suite", "generate", "--set", f"data.eval=[{{path: {held_out}}}]"
+    )
+    assert ended.code == 0
+    assert "generate: 1 row without a prompt not asked" in ended.err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from qlora_cli.data.cuts import encoded, left_out, truncated
@@ -49,10 +50,16 @@ LABELS = ("label", "score", "gold_label", "is_duplicate", "Quality")
 POOLED = ("eos_token", "sep_token", "pad_token", "cls_token")
 """Special tokens by whose place a model finds where to read the class (BART the last EOS, Llama the last non-PAD)."""
 
+_SECRET = "name rows with labels: in GLUE's test sets -1 stands for a label that is kept secret"
+
 
 def labelled(row: Row, where: str) -> Labelled:
-    """The columns of GLUE's tasks, in its own files or on the hub: the largest set of texts that the row has."""
+    """The columns of GLUE's tasks, in its own files or on the hub: the largest set of texts that the row has.
+
+    Raises UserError where a second text is null: its column says that rows are pairs.
+    """
     texts = max((names for names in TEXTS if _has(row, names)), key=len)
+    _refuse_half_a_pair(row, texts, where)
     label = next(row[name] for name in LABELS if row.get(name) is not None)
     first, *second = (text_of(row, name, where) for name in texts)
     return Labelled(first, second[0] if second else None, label)
@@ -101,11 +108,18 @@ def _refuse_special(row: Labelled, where: str, chat: Chat) -> None:
 
 
 def label_of(value: Any, task: RowTask, where: str) -> float:
-    """The id of the class, or the number to be predicted. Raises UserError where it is neither."""
+    """The id of the class, or the number to be predicted. Raises UserError where it is neither.
+
+    Where a class is called by a number, 5, a row holds a name, as a text or a number, and never an id.
+    """
     if task.num_labels == 1:
         return _number(value, where)
-    if isinstance(value, str | int) and str(value) in task.labels:  # a class may be called 5, in JSON a number
+    if isinstance(value, str | int | float) and str(value) in task.labels:  # in JSON 5 may be a number
         return task.labels.index(str(value))
+    if number := _name_that_is_a_number(task.labels):
+        what = f"the label is {_seen(value)}, none of the names {', '.join(task.labels)}"
+        todo = f"mend the row: rows hold names and no ids, because the name {number} is a number"
+        raise UserError(where, what, _SECRET if str(value) == "-1" else todo)
     known = f"one of {', '.join(task.labels)}, or " if task.labels else ""
     try:
         index = int(value) if isinstance(value, str) else value
@@ -116,8 +130,20 @@ def label_of(value: Any, task: RowTask, where: str) -> float:
     what = f"the label is {_seen(value)}, not {known}an id from 0 to {task.num_labels - 1}"
     todo = "mend the row, or set model.labels to the names of all classes (or model.num_labels)"
     if str(value) == "-1":
-        todo = "name rows with labels: in GLUE's test sets -1 stands for a label that is kept secret"
+        todo = _SECRET
     raise UserError(where, what, todo)
+
+
+@lru_cache(maxsize=1)
+def _name_that_is_a_number(labels: tuple[str, ...]) -> str | None:
+    """The first of the names that could be taken for an id; None where no row's number can be a name."""
+    for name in labels:
+        try:
+            if math.isfinite(float(name)):
+                return name
+        except ValueError:
+            pass
+    return None
 
 
 def _number(value: Any, where: str) -> float:
@@ -133,6 +159,15 @@ def _number(value: Any, where: str) -> float:
 
 def _seen(value: Any) -> str:
     return repr(value) if isinstance(value, str) else describe(value)
+
+
+def _refuse_half_a_pair(row: Row, texts: tuple[str, ...], where: str) -> None:
+    """Raises UserError where the row has these texts, and null in the column of another that would make them a pair."""
+    for names in TEXTS:
+        if len(names) > len(texts) and row.keys() >= set(names) >= set(texts):
+            (absent,) = set(names) - set(texts)
+            todo = "give all rows a second text, or read single texts by a template without `pair`"
+            raise UserError(where, f"{absent} is null, and its column says that rows are pairs", todo)
 
 
 def _has(row: Row, names: tuple[str, ...]) -> bool:

@@ -59,7 +59,7 @@ def appended(path: Path, key: Key, whole_bytes: int) -> Iterator[IO[str]]:
 
 def line_of(row: int, answer: Answer) -> str:
     """The line of an answer."""
-    return json.dumps({"row": row, **answer}) + "\n"
+    return json.dumps({"row": row, **answer}, allow_nan=False) + "\n"
 
 
 def write_result(path: Path, result: dict[str, Any]) -> None:

@@ -124,7 +124,7 @@ def read_choices(
     limit: int | None,
     seed: int,
 ) -> list[ChoiceRow]:
-    """The rows of files, folders, patterns or data sets of the hub, the first `limit` of each.
+    """The rows of files, folders, patterns or data sets of the hub, the first `limit` of all.
 
     delimiter: between question and choice, with its white space; None: by the row, as above. shots: solved examples
     before each question, of its group, none with its text, from `shots_from` or the row's own path; which ones depends
@@ -132,11 +132,14 @@ def read_choices(
     there are too few examples or where rows with choices and without are mixed.
     """
     pool = _by_group(_questions(shots_from, None)) if shots and shots_from is not None else None
-    found = []
+    found: list[ChoiceRow] = []
     for path in paths:
-        questions = _questions(path, limit if pool is not None or not shots else None)
+        left = None if limit is None else limit - len(found)
+        if left == 0:
+            break
+        questions = _questions(path, left if pool is not None or not shots else None)
         examples = pool or (_by_group(questions) if shots else {})
-        for index, question in enumerate(questions[:limit]):
+        for index, question in enumerate(questions[:left]):
             chosen = _shots(question, examples.get(question.group, []), shots, f"{seed}:{index}")
             found.append(_row(question, chosen, delimiter))
     for row in found:

@@ -9,9 +9,12 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
+from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.base import Base
+from qlora_cli.tasks.table import MOST_ROWS
 
 
 class Decoding(NamedTuple):
@@ -45,14 +48,20 @@ def prompt_and_reference(example: Example, bos_id: int | None = None) -> tuple[l
     return (prompt, example.input_ids[start:end]) if prompt and prompt != [bos_id] else None
 
 
-def batches_of_one_length(prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
-    """Batches, as indices, of prompts of the same number of tokens, so that no padding can touch an answer."""
+def batches_of_one_length(prompts: Sequence[Sequence[int]], size: int, num_new: int) -> Iterator[list[int]]:
+    """Batches, as indices, of prompts of the same number of tokens, so that no padding can touch an answer.
+
+    Longest first; `size` of the longest prompts at once, of shorter ones as many as take no more tokens with the
+    num_new that may follow each, MOST_ROWS or `size` at most.
+    """
     groups: dict[int, list[int]] = defaultdict(list)
     for index, prompt in enumerate(prompts):
         groups[len(prompt)].append(index)
+    budget = size * (max(groups, default=0) + num_new)
     for length in sorted(groups, reverse=True):
-        for start in range(0, len(groups[length]), size):
-            yield groups[length][start : start + size]
+        number = max(size, min(MOST_ROWS, budget // (length + num_new)))
+        for start in range(0, len(groups[length]), number):
+            yield groups[length][start : start + number]
 
 
 def generate_answers(
@@ -66,20 +75,31 @@ def generate_answers(
         (index, prompt_and_reference(example, base.tokenizer.bos_token_id)) for index, example in enumerate(examples)
     ]
     asked = [(index, pair) for index, pair in found if pair is not None]
-    for batch in batches_of_one_length([prompt for _, (prompt, _) in asked], batch_size):
+    prompts = [prompt for _, (prompt, _) in asked]
+    for batch in batches_of_one_length(prompts, batch_size, decoding.max_new_tokens):
         with torch.no_grad(), deciding(base, model, decoding):
-            written = _written(base, model, [asked[at][1][0] for at in batch])
+            written = _written(base, model, [prompts[at] for at in batch])
         for at, generated in zip(batch, written, strict=True):
             index, (prompt, reference) = asked[at]
             prompt_text = _text(base, prompt, skip=False)
             yield index, Answer(examples[index].where, prompt_text, _text(base, reference), generated)
 
 
+def _only_numbers(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """The scores, as transformers' logits processors return them. Raises UserError where one is NaN."""
+    if scores.isnan().any():
+        what = "the model's logits are not numbers"
+        raise UserError("generate", what, "check its weights and compute_dtype", Exit.FAILED)
+    return scores
+
+
 def _written(base: Base, model: Any, prompts: Sequence[list[int]]) -> list[str]:
     """What the model writes behind prompts of one length."""
     input_ids = torch.tensor(prompts, device=base.device)
     with base.compute():
-        output = model.generate(input_ids=input_ids, attention_mask=torch.ones_like(input_ids))
+        output = model.generate(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), logits_processor=[_only_numbers]
+        )
     given = input_ids.shape[1] if base.task == "causal_lm" else 1  # the decoder's start token
     return [_text(base, _until_stop(base, tokens[given:])) for tokens in output.tolist()]
 

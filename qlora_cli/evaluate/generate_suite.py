@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from qlora_cli.data.encode import Example
+from qlora_cli.data.rows import count
 from qlora_cli.errors import UserError
 from qlora_cli.evaluate.generate import Decoding, generate_answers, prompt_and_reference
 from qlora_cli.evaluate.metrics import METRICS, Metric, regex_metric
-from qlora_cli.evaluate.suite import Answer, Context, Opened, name_of, no_rows, of_metric
+from qlora_cli.evaluate.suite import Answer, Context, Opened, name_of, no_rows, of_metric, refuse_nonfinite
 from qlora_cli.model.base import Base
 from qlora_cli.recipe.schema import Suite
 from qlora_cli.tasks.table import TASKS, rows_of_batches
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def open_generate(suite: Suite, context: Context) -> Opened:
@@ -27,11 +31,16 @@ def open_generate(suite: Suite, context: Context) -> Opened:
         if (pair := prompt_and_reference(row, context.found.tokenizer.bos_token_id)) is not None:
             asked.setdefault(tuple(pair[0]), []).append(row)
     questions = list(islice(asked.values(), context.limit_of(suite)))
+    left_out = len(examples.rows) - sum(map(len, asked.values()))
     if not questions:
         raise no_rows(suite) if not examples.rows else _no_prompts(suite)
     evaluation = context.recipe.evaluation
     decoding = Decoding(*(getattr(evaluation, name) for name in Decoding._fields))
     metrics = chosen_metrics(suite, "text", ("exact_match",))
+    texts = [[reference_text(context.found.tokenizer, row) for row in rows] for rows in questions]
+    for name, metric in metrics.items():
+        few = texts[:1] if name.startswith(("rouge", "bleu")) else texts  # these are slow, and read any text
+        metric.rows([references[0] for references in few], few)  # what it cannot read is told before anything is asked
     return Opened(
         name_of(suite),
         suite.suite,
@@ -39,6 +48,7 @@ def open_generate(suite: Suite, context: Context) -> Opened:
         {"suite": suite.suite, "rows": examples.digest, "number": len(questions), "decoding": list(decoding)},
         partial(_generate, questions, context.batch_size, decoding),
         {name: of_metric(metric, "generated", "references") for name, metric in metrics.items()},
+        told=[f"{name_of(suite)}: {count(left_out, 'row')} without a prompt not asked"] if left_out else [],
         sample=lambda answer: {"prompt": answer["prompt"], "expected": answer["references"][0]},
     )
 
@@ -69,18 +79,18 @@ def _generate(
 ) -> Iterator[tuple[int, Answer]]:
     first = [questions[row][0] for row in todo]
     for at, answer in generate_answers(base, model, first, size, decoding):
-        expected = [reference_text(base, row) for row in questions[todo[at]]]
+        expected = [reference_text(base.tokenizer, row) for row in questions[todo[at]]]
         yield (
             todo[at],
             {"where": answer.where, "prompt": answer.prompt, "generated": answer.generated, "references": expected},
         )
 
 
-def reference_text(base: Base, example: Example) -> str:
+def reference_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
     """The last trained span as text."""
     pair = prompt_and_reference(example)
     assert pair is not None, "rows without a prompt are not asked"
-    text: str = base.tokenizer.decode(pair[1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    text: str = tokenizer.decode(pair[1], skip_special_tokens=True, clean_up_tokenization_spaces=False)
     return text
 
 
@@ -93,11 +103,14 @@ def open_classify(suite: Suite, context: Context) -> Opened:
     numbers = context.recipe.model.num_labels == 1
     kind, default = ("value", ("pearson", "spearman")) if numbers else ("label", ("accuracy",))
     metrics = chosen_metrics(suite, kind, default)
+    if "f1" in metrics and context.found.config.num_labels != 2:
+        where = f"evaluation.suites: {name_of(suite)}: metrics"
+        raise UserError(where, f"f1 is of two classes, not {context.found.config.num_labels}", "use macro_f1")
     return Opened(
         name_of(suite),
         suite.suite,
         len(rows),
-        {"suite": suite.suite, "rows": examples.digest, "number": len(rows)},
+        {"suite": suite.suite, "rows": examples.digest, "number": len(rows), "labels": context.recipe.model.labels},
         partial(_classify, rows, context.batch_size, list(context.recipe.model.labels)),
         {name: of_metric(metric, "prediction", "label") for name, metric in metrics.items()},
     )
@@ -112,6 +125,7 @@ def _classify(
         batch = TASKS[base.task].collate([rows[todo[at]] for at in few], base)
         with base.compute():
             logits, _ = TASKS[base.task].outputs(model, batch)
+        refuse_nonfinite(logits, [rows[todo[at]].where for at in few])
         for at, row in zip(few, logits.float().tolist(), strict=True):
             example = rows[todo[at]]
             answer: Answer = {"where": example.where}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -19,7 +20,7 @@ import torch
 
 from qlora_cli.evaluate.extra import library
 from qlora_cli.evaluate.lm_eval_figures import label_of, measures_of
-from qlora_cli.evaluate.lm_eval_tasks import SHOTS_SEED, Tasks, load_tasks, quiet, seeded
+from qlora_cli.evaluate.lm_eval_tasks import SHOTS_SEED, Tasks, load_tasks, parts_of, quiet, seeded
 from qlora_cli.evaluate.suite import Answer, Context, Opened, name_of, no_rows
 from qlora_cli.model.base import Base
 from qlora_cli.recipe.schema import Suite
@@ -48,6 +49,7 @@ def open_lm_eval(suite: Suite, context: Context) -> Opened:
         partial(_answer, tasks, counts, context.batch_size),
         measures,
         notes=partial(_notes, set(measures), left_out),
+        measured=[part for task in tasks.tasks.values() for part in parts_of(task)],
     )
 
 
@@ -55,10 +57,24 @@ def _rows_of(task: Any, limit: int | None) -> tuple[int, str]:
     """The number of rows, and SHA-256 of these, of those that solved examples come from, and of the task's settings."""
     rows = task.eval_docs
     number = len(rows) if limit is None else min(limit, len(rows))
-    told = [task.dump_config(), list(islice(rows, number))]
+    told = [task.config.to_dict(keep_callable=True), list(islice(rows, number))]
     if task.get_config("num_fewshot"):
         told.append(list(task.fewshot_docs()))
-    return number, hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
+    return number, hashlib.sha256(json.dumps(told, sort_keys=True, default=in_words).encode()).hexdigest()
+
+
+def in_words(value: Any) -> Any:
+    """What JSON has no form for, the same in every process: of a function its module, name and source."""
+    if isinstance(value, partial):
+        return [in_words(value.func), value.args, value.keywords]
+    named = value if hasattr(value, "__qualname__") else type(value)
+    if not callable(value) and named.__repr__ is not object.__repr__:
+        return str(value)
+    try:
+        source = inspect.getsource(named)
+    except (OSError, TypeError):  # written in C, or in no file
+        source = ""
+    return [named.__module__, named.__qualname__, source]
 
 
 def _answer(

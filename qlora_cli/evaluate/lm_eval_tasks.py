@@ -15,7 +15,10 @@ from unittest.mock import patch
 import numpy as np
 import torch
 
+from qlora_cli.data.hub import HubData
 from qlora_cli.data.lines import first_line
+from qlora_cli.data.readers import DataFile
+from qlora_cli.data.sources import Part
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.evaluate.extra import library
 from qlora_cli.model.base import quiet_loading
@@ -118,6 +121,27 @@ def _refuse_task(name: str, task: Any, where: str) -> None:
         raise UserError(where, f"the task {name} executes what the model writes", todo, Exit.REFUSED)
     if getattr(task, "MULTIMODAL", False):
         raise UserError(where, f"the task {name} has images or sound", "name tasks of text alone")
+
+
+def parts_of(task: Any) -> list[Part]:
+    """The files, or the split of the hub, whose rows a loaded task measures; its solved examples may be of others.
+
+    None where a function of the task's own makes the rows (custom_dataset).
+    """
+    import datasets
+
+    config, path = task.config, task.DATASET_PATH
+    split = config.test_split or config.validation_split
+    asked = config.dataset_kwargs or {}
+    named = {key: asked[key] for key in ("data_files", "data_dir") if asked.get(key)}
+    if callable(config.custom_dataset) or path is None:
+        return []
+    if not named and not Path(path).exists():
+        return [HubData(path, task.DATASET_NAME, split)] if split else []
+    # finds the files again as the harness found them, and reads none
+    files = datasets.load_dataset_builder(path, task.DATASET_NAME, **named).config.data_files or {}
+    chosen = files[split] if split in files else [file for each in files.values() for file in each]
+    return [DataFile(str(file)) for file in chosen]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from qlora_cli.data.encode import Example
 from qlora_cli.data.examples import lengths_of
 from qlora_cli.model.base import Base
-from qlora_cli.tasks.table import TASKS, batches, loss_sum
+from qlora_cli.tasks.table import TASKS, collated, loss_sum, rows_of_batches
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ def held_out_loss(
 ) -> HeldOutLoss:
     """Loss and accuracy of `model` on the examples; the model's mode is restored after.
 
-    packed: whether the model keeps examples apart that go through it one behind the other. Longest first, so that a
-    batch too large for the memory fails at once.
+    batch_size: rows of the longest length in one forward pass, of shorter ones as many as take no more tokens. packed:
+    whether the model keeps examples apart that go through it one behind the other. Longest first, so that a batch too
+    large for the memory fails early.
     """
     training = model.training
     model.eval()
@@ -56,7 +57,8 @@ def held_out_loss(
     correct = torch.zeros((), dtype=torch.int64, device=base.device)
     num_targets, numbers = 0, False
     try:
-        for batch in batches(examples, lengths, batch_size, max(lengths), packed, base):
+        for rows in rows_of_batches(lengths, batch_size, max(lengths), packed, base):
+            batch = collated([examples[row] for row in rows], packed, base)
             with base.compute():
                 logits, targets = TASKS[base.task].outputs(model, batch)
             loss += loss_sum(logits, targets)

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy, mse_loss
 from qlora_cli.data.encode import IGNORE_INDEX, Example
 from qlora_cli.data.sources import SourceMark, read_parts, resolve
 from qlora_cli.evaluate.loss import exp
-from qlora_cli.evaluate.suite import Answer, Context, Measure, Opened, columns, name_of, no_rows
+from qlora_cli.evaluate.suite import Answer, Context, Measure, Opened, columns, name_of, no_rows, refuse_nonfinite
 from qlora_cli.evaluate.text_windows import TextWindow, text_windows
 from qlora_cli.model.base import Base
 from qlora_cli.recipe.schema import Source, Suite
@@ -121,7 +121,7 @@ def _sums(base: Base, model: Any, batch: AnyBatch, examples: Sequence[Example]) 
     counts = [example.num_trained for example in examples]
     if base.task == "question_answering":  # all first tokens, then all last ones
         losses, correct = (one.view(2, -1).T.flatten() for one in (losses, correct))
-    return _summed(losses, correct, counts)
+    return _summed(losses, correct, counts, [example.where for example in examples])
 
 
 def per_target(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -133,7 +133,8 @@ def per_target(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     return losses.double(), (logits.argmax(dim=-1) == targets).double()
 
 
-def _summed(losses: Tensor, correct: Tensor, counts: Sequence[int]) -> list[dict[str, float]]:
+def _summed(losses: Tensor, correct: Tensor, counts: Sequence[int], where: Sequence[str]) -> list[dict[str, float]]:
+    refuse_nonfinite(torch.stack([part.sum() for part in losses.split(list(counts))]).unsqueeze(1), where)
     parts = zip(losses.split(list(counts)), correct.split(list(counts)), counts, strict=True)
     return [{"loss": a.sum().item(), "correct": b.sum().item(), "targets": n} for a, b, n in parts]
 
@@ -157,4 +158,5 @@ def _window_sums(base: Base, model: Any, windows: Sequence[TextWindow]) -> list[
     batch = Batch(padded(inputs, 0), mask_of([*map(len, inputs)]), labels, kept)
     with base.compute():
         logits, targets = TASKS["causal_lm"].outputs(model, Batch(*(tensor.to(base.device) for tensor in batch)))
-    return _summed(*per_target(logits, targets), [len(w.ids) - w.num_context for w in windows])
+    counts = [len(window.ids) - window.num_context for window in windows]
+    return _summed(*per_target(logits, targets), counts, [window.where for window in windows])

@@ -9,6 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.errors import UserError
 from qlora_cli.evaluate.answers import Key, appended, line_of, read_answers, write_result
 from qlora_cli.evaluate.bootstrap import interval, paired_difference
 from qlora_cli.evaluate.suite import Answer, Measure, Opened
@@ -49,6 +50,15 @@ def answered(
                 file.flush()
                 progress(len(answers))
     return [answers[row] for row in range(suite.num_rows)]
+
+
+def known_answers(suite: Opened, subject: str, digest: str, folder: Path) -> Answers | None:
+    """The answers of a model that were given before, where all of them are there and are of this very model."""
+    try:
+        answers, _ = read_answers(folder / f"{suite.name}.{subject}.jsonl", {"rows": suite.digest, "model": digest})
+    except UserError:  # of something else
+        return None
+    return [answers[row] for row in range(suite.num_rows)] if len(answers) == suite.num_rows else None
 
 
 def given(suite: Opened, subject: Subject, todo: Sequence[int]) -> Any:
@@ -118,7 +128,10 @@ def _of_groups(suite: Opened, answers: Answers) -> dict[str, dict[str, Any]]:
         groups.setdefault(suite.group(answer), []).append(answer)
     if set(groups) <= {""}:
         return {}
-    return {name: {"rows": len(rows), **figures(suite, rows)} for name, rows in sorted(groups.items())}
+    return {
+        name: {"rows": len(rows), **{label: finite(value) for label, value in figures(suite, rows).items()}}
+        for name, rows in sorted(groups.items())
+    }
 
 
 def finite(value: float) -> float | None:

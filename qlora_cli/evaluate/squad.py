@@ -8,8 +8,10 @@ empty text, there by "empty". Of equal scores the first window's, and in it the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from datetime import date
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -38,12 +40,15 @@ N_BEST = 20
 MOST_ERRORS = 10
 """Broken rows that are told at once."""
 
+RowRead = tuple[Row, str, str, bool]
+"""A row of a file with its place, its format, and whether its columns chose that."""
+
 
 @dataclass(frozen=True)
 class Asked:
     """One question of a file, and the windows in which the model reads it.
 
-    may_be_none: whether "no answer" can be answered: the data has questions without one (SQuAD 2).
+    may_be_none: whether "no answer" can be answered: the data, asked or not, has questions without one (SQuAD 2).
     """
 
     where: str
@@ -67,54 +72,73 @@ def read_questions(
     limit: int | None,
     tell: Callable[[UserError], None] = lambda error: None,
 ) -> list[Asked]:
-    """The questions of the sources, the first `limit` of each, in windows as training makes them.
+    """The questions of the sources, the first `limit` of all, in windows as training makes them.
 
-    No sources: the recipe's held-out data. Raises UserErrors with up to MOST_ERRORS broken rows; with
-    data.on_bad_row: skip they are left out, each given to `tell`. Raises UserError for a window that the model cannot
-    read.
+    No sources: the recipe's held-out data. Whether "no answer" can be answered depends on all of it, whatever the limit.
+    Raises UserErrors with up to MOST_ERRORS broken rows among those before the limit; with data.on_bad_row: skip they
+    are left out, each given to `tell`. Raises UserError for a window that the model cannot read.
     """
-    today, task = date.today(), RowTask.of(recipe)
+    wanted = _wanted(sources, found, recipe)
+    chat = make_chat(wanted.settings)
+    rows = chain.from_iterable(_rows(source, wanted) for source in wanted.sources)
+    asked, errors, may_be_none = [], [], False
+    for one in rows:
+        try:
+            where, question = _question(one)
+            may_be_none |= not question.answers
+            asked.append((where, question, windows(question, where, chat, wanted.limits)))
+        except UserError as error:
+            errors.append(error)
+            if wanted.skip_bad:
+                tell(error)
+            elif len(errors) == MOST_ERRORS:
+                raise UserErrors(errors) from error
+        if len(asked) == limit:
+            break
+    if errors and not wanted.skip_bad:
+        raise UserErrors(errors)
+    may_be_none = may_be_none or _any_without_answer(rows)
+    return [_readable(Asked(*one, may_be_none), found.context) for one in asked]
+
+
+def _wanted(sources: Sequence[Source], found: Found, recipe: Recipe) -> Wanted:
+    """The rows of the sources, of none the held-out ones of the recipe."""
     wanted = wanted_rows(
         recipe.data,
         "eval",
         found.tokenizer,
         found.stop_token_ids,
         seed=recipe.training.seed,
-        today=today,
-        task=task,
+        today=date.today(),
+        task=RowTask.of(recipe),
     )
-    if sources:
-        wanted = replace(wanted, sources=list(sources), eval_fraction=0.0)
-    chat = make_chat(wanted.settings)
-    asked, errors = [], []
-    for source in wanted.sources:
-        taken = 0
-        for one in _rows(source, wanted):
-            if taken == limit:
-                break
-            try:
-                if isinstance(one, UserError):
-                    raise one
-                row, where, format, auto = one
-                check_row(format, auto, row, where, FORMATS)
-                question = FORMATS[format].read(row, where)
-                asked.append((where, question, windows(question, where, chat, wanted.limits)))
-                taken += 1
-            except UserError as error:
-                errors.append(error)
-                if wanted.skip_bad:
-                    tell(error)
-                elif len(errors) == MOST_ERRORS:
-                    raise UserErrors(errors) from error
-    if errors and not wanted.skip_bad:
-        raise UserErrors(errors)
-    may_be_none = any(not question.answers for _, question, _ in asked)
-    return [_readable(Asked(*one, may_be_none), found.context) for one in asked]
+    return replace(wanted, sources=list(sources), eval_fraction=0.0) if sources else wanted
 
 
-def _rows(source: Source, wanted: Wanted) -> Iterator[tuple[Row, str, str, bool] | UserError]:
-    """The questions of a source as rows, each with its place, its format and whether its columns chose that; or why one
-    cannot be read, in the file's order."""
+def _question(one: RowRead | UserError) -> tuple[str, Question]:
+    """The place of a row and its question. Raises UserError where it has none."""
+    if isinstance(one, UserError):
+        raise one
+    row, where, format, auto = one
+    check_row(format, auto, row, where, FORMATS)
+    return where, FORMATS[format].read(row, where)
+
+
+def _any_without_answer(rows: Iterator[RowRead | UserError]) -> bool:
+    """Whether one of the questions behind the limit has no answer. What cannot be read there is not told: it is not
+    asked, and a run without the limit names it."""
+    try:
+        for one in rows:
+            with suppress(UserError):
+                if not _question(one)[1].answers:
+                    return True
+    except UserError:
+        pass
+    return False
+
+
+def _rows(source: Source, wanted: Wanted) -> Iterator[RowRead | UserError]:
+    """The questions of a source as rows, or why one cannot be read, in the file's order."""
     for portion in portions(source, resolve(source, wanted.role).parts, wanted):
         unread = list(portion.unread)
         for at, (row, place) in enumerate(zip(portion.task.rows, portion.task.places, strict=True)):
@@ -140,7 +164,7 @@ def answer_questions(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The index of each question with its answer, as they are done, those with the longest windows first.
 
-    batch_size: windows in one forward pass. It changes no answer but by rounding. max_answer_length: tokens of a span.
+    batch_size: windows of the longest length in one forward pass. It changes no answer but by rounding. max_answer_length: tokens of a span.
     prediction: the answer, empty for "no answer". score: of its span, None where no span is legal; null_score: of
     "no answer", the least over the windows, None where that cannot be answered; the greater of the two wins.
     The model is in evaluation mode until the last answer is taken, then in its own.

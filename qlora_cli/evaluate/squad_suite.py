@@ -27,7 +27,12 @@ def open_squad(suite: Suite, context: Context) -> Opened:
         name_of(suite),
         suite.suite,
         len(asked),
-        {"suite": suite.suite, "questions": read, "max_answer_length": longest},
+        {
+            "suite": suite.suite,
+            "questions": read,
+            "max_answer_length": longest,
+            "may_be_none": asked[0].may_be_none,
+        },
         partial(_answer, asked, context.batch_size, longest),
         {name: of_metric(METRICS[name], "prediction", "references") for name in ("squad_exact_match", "squad_f1")},
         group=_group,

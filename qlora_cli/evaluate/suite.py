@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from qlora_cli.data.examples import Examples
 from qlora_cli.data.sources import Part
-from qlora_cli.errors import UserError
+from qlora_cli.errors import Exit, UserError
 from qlora_cli.evaluate.metrics import Metric
 from qlora_cli.model.base import Base, Found
 from qlora_cli.recipe import Recipe
@@ -37,6 +38,7 @@ class Opened:
 
     name, kind: as in the recipe. num_rows: how many answers it takes. made_of: all that its answers depend on besides
     the model. answer: (base, model, rows still to do) to answers, in any order, each with the number of its row.
+    measured: what its rows were read from besides the recipe's sources.
     groups: of an answer the group that it belongs to, "" for none; figures are told for each group too.
     """
 
@@ -50,6 +52,7 @@ class Opened:
     notes: Callable[[Sequence[Answer]], list[str]] = lambda answers: []
     sample: Callable[[Answer], dict[str, str]] | None = None
     told: list[str] = field(default_factory=list)
+    measured: list[Part] = field(default_factory=list)
 
     @property
     def digest(self) -> str:
@@ -100,6 +103,14 @@ def of_metric(metric: Metric, prediction: str, reference: str) -> Measure:
 def columns(*names: str) -> Callable[[Sequence[Answer]], np.ndarray]:
     """Columns of the answers as (n, k) float64."""
     return lambda answers: np.array([[answer[name] for name in names] for answer in answers], np.float64)
+
+
+def refuse_nonfinite(numbers: Tensor, where: Sequence[str]) -> None:
+    """Raises UserError (exit 1) at the first row of whose numbers (N, ...) one is not finite."""
+    whole = numbers.isfinite().flatten(1).all(dim=1).tolist()
+    if False in whole:
+        what = "the model's logits are not numbers"
+        raise UserError(where[whole.index(False)], what, "check its weights and compute_dtype", Exit.FAILED)
 
 
 def no_rows(suite: Suite) -> UserError:

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.model.checks import check_complete, check_share_quantized, check_skipped
+from qlora_cli.model.checks import check_complete, check_share_quantized, check_skipped, check_start_token
 from qlora_cli.model.heads import NO_HEAD, Head, auto_class, find_head, for_task, needs_packed, set_padding, start_head
 from qlora_cli.model.prequantized import merge_note, method_of, refuse_damaged, refuse_start, refuse_storage_keys
 from qlora_cli.model.source import fetch_weights, file_of, locate, read_config
@@ -118,6 +118,7 @@ def find_base(recipe: Recipe) -> Found:
     tokenizer = load_tokenizer(folder, recipe.model)
     config = load_config(folder, recipe.model)
     set_padding(config, tokenizer, recipe.model.task)
+    check_start_token(config, recipe.model.task)
     return Found(folder, tokenizer, stop_token_ids(folder, tokenizer), config, recipe.model.task)
 
 

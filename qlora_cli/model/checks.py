@@ -16,6 +16,13 @@ SHARE_QUANTIZED = 0.9
 """At least this share of the weights that should be quantised must be, or loading is an error."""
 
 
+def check_start_token(config: Any, task: str) -> None:
+    """Refuses an encoder-decoder that is to write text and whose config does not say with which token it starts."""
+    if task == "seq2seq_lm" and getattr(config, "decoder_start_token_id", None) is None:
+        todo = "set it in config.json, as the model was trained"
+        raise UserError("model.name_or_path", "the model's config has no decoder_start_token_id", todo)
+
+
 def check_complete(folder: Path, info: dict[str, Any], head: Head = NO_HEAD) -> None:
     """Refuses a load that left weights random or of another shape, other than those of a new head."""
     absent = sorted(name for name in info["missing_keys"] if name not in head)

@@ -117,7 +117,7 @@ def needs_packed(config: Any, task: str, quantization: Quantization) -> bool:
 def for_task(config: Any, model: Model, folder: Path) -> Any:
     """The config with what the task says of labels, changed in place.
 
-    Raises UserError for a task that the architecture cannot do.
+    Raises UserError for a task that the architecture cannot do, and for classes that the checkpoint names otherwise.
     """
     if not can(config, model.task):
         able = [task for task in TASKS if can(config, task)]
@@ -127,6 +127,7 @@ def for_task(config: Any, model: Model, folder: Path) -> Any:
         todo = f"choose from {', '.join(able)}" if able else "name another model"
         raise UserError("model.task", what, f"{todo}, or name another model" if able else todo)
     if model.task == "sequence_classification":
+        refuse_other_names(config, model.labels, folder)
         number = len(model.labels) or model.num_labels
         if number is not None:
             config.num_labels = number
@@ -139,10 +140,26 @@ def for_task(config: Any, model: Model, folder: Path) -> Any:
     return config
 
 
+def refuse_other_names(config: Any, labels: list[str], folder: Path) -> None:
+    """Raises UserError where the checkpoint gives as many classes other names, or the same in another order.
+
+    A head of its own would then answer with the wrong class. LABEL_0, LABEL_1 are transformers' names for none.
+    """
+    known = config.id2label or {}
+    named = [str(known.get(index)) for index in range(len(known))]
+    if len(named) != len(labels) or named in (labels, [f"LABEL_{index}" for index in range(len(named))]):
+        return
+    what = f"{labels}, and the checkpoint's classes are {named} in the order of their ids ({folder / 'config.json'})"
+    how = "in another order" if set(named) == set(labels) else "other names"
+    todo = f"set model.labels to {named}, and let a template write these names where rows hold others or other ids"
+    raise UserError("model.labels", f"{how}: {what}", f"{todo}; for a new head delete id2label from a copy of the base")
+
+
 def set_padding(config: Any, tokenizer: Any, task: str) -> None:
     """Tells a decoder that classifies which token is padding, in place: it reads the answer off the last other token.
 
     That is the tokenizer's pad token, or its eos where it has none. Encoders keep what they were trained with.
+    Raises UserError where neither the tokenizer nor the config names one.
     """
     if task != "sequence_classification" or not can(config, "causal_lm"):
         return
@@ -150,6 +167,9 @@ def set_padding(config: Any, tokenizer: Any, task: str) -> None:
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if pad is not None and pad < text.vocab_size:  # one beyond is refused with the whole vocabulary
         text.pad_token_id = pad
+    if pad is None and text.pad_token_id is None:
+        what = "neither a pad_token nor an eos_token, so a decoder cannot tell where a text of a batch ends"
+        raise UserError("model.name_or_path", f"the tokenizer has {what}", "set pad_token in tokenizer_config.json")
 
 
 def on_meta(config: Any, model: Model, folder: Path) -> Any:

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.errors import UserError
 from qlora_cli.model import calibration, weights
 from qlora_cli.model.base import Base, load_model
 from qlora_cli.quant import kernels
@@ -69,9 +68,6 @@ def measures(
     if not rows:
         yield from ((name, Measure()) for name in names)
         return
-    if base.task != "causal_lm":
-        what = f"calibration of {base.task} is not available yet"
-        raise UserError("adapter.loftq.calibration", what, "leave it out")
     unquantized = recipe.model_copy(update={"quantization": Quantization(data_type="none")})
     model, _head = load_model(unquantized, base, base.compute_dtype, base.device)
     for portion in calibration.portions(model, names):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.errors import UserError
+from qlora_cli.errors import Exit, UserError
 from qlora_cli.recipe.schema import Model
+
+SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model", "tokenizer.model")
+"""SentencePiece's vocabularies as model folders name them."""
 
 
 def load_tokenizer(folder: Path, model: Model) -> Any:
@@ -19,10 +23,12 @@ def load_tokenizer(folder: Path, model: Model) -> Any:
             folder, trust_remote_code=model.trust_remote_code, local_files_only=True
         )
     except (OSError, ValueError, ImportError) as error:
+        _refuse_missing_packages(folder)
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             folder, f"no tokenizer could be loaded: {reason}", "put the tokenizer's files into the model folder"
         ) from error
+    _refuse_empty(tokenizer, folder)
     if tokenizer.eos_token_id is None and model.task in ("causal_lm", "seq2seq_lm"):
         raise UserError(
             folder / "tokenizer_config.json",
@@ -30,6 +36,38 @@ def load_tokenizer(folder: Path, model: Model) -> Any:
             "set eos_token",
         )
     return tokenizer
+
+
+def _refuse_empty(tokenizer: Any, folder: Path) -> None:
+    """Raises UserError where the vocabulary was not there: transformers 5.23 then makes one of special tokens alone."""
+    files = set(type(tokenizer).vocab_files_names.values()) | {"tokenizer.json"}
+    if any((folder / name).exists() for name in files):
+        return
+    if not tokenizer.decode(tokenizer("a")["input_ids"], skip_special_tokens=True).strip():
+        _refuse_missing_packages(folder)
+        what = f"no tokenizer could be loaded: there is none of {', '.join(sorted(files))}"
+        raise UserError(folder, what, "put the tokenizer's files into the model folder")
+
+
+def _refuse_missing_packages(folder: Path) -> None:
+    """Raises UserError for a tokenizer that is a SentencePiece file alone, where what reads it is not installed.
+
+    transformers 5.23 tells that tiktoken is required.
+    """
+    vocabulary = next((name for name in SENTENCEPIECE if (folder / name).exists()), None)
+    packages = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
+    missing = [package for package, module in packages.items() if not _is_installed(module)]
+    if vocabulary and missing and not (folder / "tokenizer.json").exists():
+        what = f"reading it without a tokenizer.json needs {' and '.join(missing)}, not installed here"
+        todo = f"run `pip install {' '.join(missing)}`, or put the model's tokenizer.json beside it"
+        raise UserError(folder / vocabulary, what, todo, Exit.ENVIRONMENT)
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return find_spec(module) is not None
+    except ModuleNotFoundError:  # of the parent, google
+        return False
 
 
 def stop_token_ids(folder: Path, tokenizer: Any) -> frozenset[int]:

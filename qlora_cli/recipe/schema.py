@@ -58,7 +58,9 @@ class Model(Section):
     )
     trust_remote_code: bool = key(False, "run Python code that comes with the model: only for a source that you trust")
     labels: list[Text] = key(
-        list, "names of the classes of sequence_classification in the order of their ids; rows hold a name or an id"
+        list,
+        "names of the classes of sequence_classification in the order of their ids; rows hold a name or an id, names "
+        "alone where one of them is a number",
     )
     num_labels: int | None = key(
         None,
@@ -283,7 +285,7 @@ class Suite(Section):
     shots_from: Text | None = key(None, "choice: file with the solved examples; null: other rows of the same file")
     tasks: list[Text] = key(list, "lm_eval: names of its tasks, or paths of their YAML files")
     limit: int | None = key(
-        None, "only the first rows; choice, squad: of each source; lm_eval: of each task", unit="rows", ge=1
+        None, "only the first rows, of all its sources together; lm_eval: of each task", unit="rows", ge=1
     )
 
 
@@ -291,7 +293,7 @@ class Evaluation(Section):
     """How held-out data is measured."""
 
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = key(
-        "auto", "rows of the longest length in one forward pass; auto: training.micro_batch_size", unit="rows"
+        "auto", "rows of the longest length in one forward pass, of shorter ones more; auto: training.micro_batch_size", unit="rows"
     )
     max_new_tokens: int = key(128, "longest generated answer", unit="tokens", ge=1)
     num_beams: int = key(1, "beams of generated answers; 1: greedy", ge=1)

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
-from qlora_cli.errors import UserError
 from qlora_cli.model.base import Base
 from qlora_cli.tasks.padding import mask_of, padded
 
@@ -26,16 +25,10 @@ class SourceTarget(NamedTuple):
 
 
 def collate(examples: Sequence[Example], base: Base) -> SourceTarget:
-    """The examples as one batch. The decoder needs no mask: its padding is behind what it reads.
-
-    Raises UserError where the config does not say with which token a decoder starts.
-    """
+    """The examples as one batch. The decoder needs no mask: its padding is behind what it reads."""
     sources = [example.input_ids[: example.num_prompt] for example in examples]
     targets = [example.input_ids[example.num_prompt :] for example in examples]
     config = base.model.config
-    if config.decoder_start_token_id is None:
-        todo = "set it in config.json, as the model was trained"
-        raise UserError("model.name_or_path", "the model's config has no decoder_start_token_id", todo)
     pad = config.pad_token_id or 0
     shifted = padded([[config.decoder_start_token_id, *target[:-1]] for target in targets], pad)
     tensors = (padded(sources, pad), mask_of([*map(len, sources)]), shifted, padded(targets, IGNORE_INDEX))

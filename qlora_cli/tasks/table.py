@@ -23,6 +23,9 @@ from qlora_cli.tasks.sequence_classification import Texts
 
 AnyBatch = Batch | PackedBatch | SourceTarget | Texts | Windows
 
+MOST_ROWS = 4096
+"""Rows of a forward pass of an evaluation, however short they are, unless more are asked for."""
+
 
 @dataclass(frozen=True)
 class Task:
@@ -56,25 +59,49 @@ def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:
 def batches(
     examples: Sequence[Example], lengths: Sequence[int], size: int, longest: int, packed: bool, base: Base
 ) -> Iterator[AnyBatch]:
-    """The examples in forward passes, longest first, none of more tokens than `size` rows of `longest` tokens.
+    """The examples in the forward passes of training, longest first, none of more tokens than `size` of `longest`.
 
     lengths: tokens of each example, so that none is read before its turn.
     packed: one behind the other, in as few passes as that allows; else `size` of like length at once, padded.
     """
-    for rows in rows_of_batches(lengths, size, longest, packed, base):
-        found = [examples[row] for row in rows]
-        yield collate_packed(found, base.device) if packed else TASKS[base.task].collate(found, base)
+    rows = _packed(lengths, size * longest) if packed else _padded(lengths, base, lambda length: size)
+    for some in rows:
+        yield collated([examples[row] for row in some], packed, base)
 
 
 def rows_of_batches(lengths: Sequence[int], size: int, longest: int, packed: bool, base: Base) -> Iterator[list[int]]:
-    """The rows of each forward pass, as indices."""
-    ordered = sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
+    """The rows of each forward pass of an evaluation, as indices, longest first.
+
+    A padded pass has as many as fit into the cells of `size` rows of `longest` tokens, MOST_ROWS or `size` at most:
+    the shorter they are, the more. longest: tokens of the longest row, or more.
+    """
     if packed:
-        for bin in fill([lengths[row] for row in ordered], size * longest):
-            yield [ordered[at] for at in bin]
-        return
+        return _packed(lengths, size * longest)
+    return _padded(lengths, base, lambda length: max(size, min(MOST_ROWS, size * longest // max(length, 1))))
+
+
+def collated(examples: Sequence[Example], packed: bool, base: Base) -> AnyBatch:
+    """The examples as one batch on the base's device, one behind the other or padded."""
+    batch: AnyBatch = collate_packed(examples, base.device) if packed else TASKS[base.task].collate(examples, base)
+    return batch
+
+
+def _longest_first(lengths: Sequence[int]) -> list[int]:
+    return sorted(range(len(lengths)), key=lambda row: lengths[row], reverse=True)
+
+
+def _packed(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
+    ordered = _longest_first(lengths)
+    for bin in fill([lengths[row] for row in ordered], capacity):
+        yield [ordered[at] for at in bin]
+
+
+def _padded(lengths: Sequence[int], base: Base, most: Callable[[int], int]) -> Iterator[list[int]]:
+    """Rows of like length, none beside rows for which RoPE turns otherwise. most: rows at once by the longest's length."""
     boundaries = rope_boundaries(base.config)
-    for _, rows in groupby(ordered, key=lambda row: bisect_left(boundaries, lengths[row])):
+    for _, rows in groupby(_longest_first(lengths), key=lambda row: bisect_left(boundaries, lengths[row])):
         alike = list(rows)
-        for begin in range(0, len(alike), size):
-            yield alike[begin : begin + size]
+        while alike:
+            number = most(lengths[alike[0]])
+            yield alike[:number]
+            alike = alike[number:]

@@ -94,7 +94,7 @@ def is_stopped_early(session: Session) -> bool:
 def publish_result(session: Session) -> None:
     """The adapter folder: of the best evaluation where the recipe names a metric for it, else of the last step."""
     run, best = session.run, session.best
-    if best is None or best.metric != session.recipe.evaluation.best_metric:
+    if best is None:
         publish_adapter(run.adapter, session.model, session.base, session.recipe, session.step)
         return
     early = f", stopped early at step {session.step}" if session.step < session.total_steps else ""
@@ -210,8 +210,9 @@ def evaluate(session: Session) -> None:
 def judged_here(session: Session, metric: str, figures: Mapping[str, float]) -> Best:
     """The best evaluation by a metric, this one among them."""
     measures = {f"{suite.name}.{name}": one for suite in session.suites for name, one in suite.measures.items()}
+    this = Best(metric, float(figures[metric]), session.step, measured=session.measured)
     lower = measures[metric].lower_is_better if metric in measures else metric in ("eval_loss", "eval_perplexity")
-    return judged(Best(metric, float(figures[metric]), session.step), session.best, lower)
+    return judged(this, session.best, lower)
 
 
 def agreed(session: Session, best: Best) -> Best:

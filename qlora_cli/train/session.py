@@ -23,8 +23,8 @@ from qlora_cli.model.stored_base import Making, on_stored_base, start_folder
 from qlora_cli.model.whole_folder import fault
 from qlora_cli.recipe import Recipe
 from qlora_cli.train.base import calibration_rows, make_base, recipe_of_base
-from qlora_cli.train.best import Best
-from qlora_cli.train.checkpoint import load_checkpoint, newest_valid, step_of
+from qlora_cli.train.best import Best, restored
+from qlora_cli.train.checkpoint import Progress, load_checkpoint, newest_valid, step_of
 from qlora_cli.train.facts import run_facts
 from qlora_cli.train.feed import Feed, Place, StreamFeed
 from qlora_cli.train.optimizers import build_optimizer
@@ -73,6 +73,13 @@ class Session:
     logged: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "tokens": 0.0})
     clock: float = field(default_factory=time.perf_counter)
     trained_tokens: int = 0  # since `clock`
+
+    @property
+    def measured(self) -> str:
+        """SHA-256 of the rows behind the figure that evaluation.best_metric names."""
+        name = (self.recipe.evaluation.best_metric or "").partition(".")[0]
+        digests = [self.eval_set.digest, *(suite.digest for suite in self.suites if suite.name == name)]
+        return digests[-1]
 
 
 def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
@@ -194,11 +201,29 @@ def restore(session: Session, resume: str) -> None:
         check_belongs(newest, session)
         progress = load_checkpoint(newest, session.model, session.optimizer, accelerator.num_processes)
         session.step, session.place, session.logged = progress.step, progress.place, progress.logged
-        session.best = Best(**progress.best) if progress.best else None
+        restore_best(session, newest, progress)
         restore_random_state(progress.random[accelerator.process_index])
         session.report.say(f"resume   {newest}, step {session.step} of {session.total_steps}")
     if accelerator.is_main_process:
         metrics_until(run, session.step)
+
+
+def restore_best(session: Session, checkpoint: Path, progress: Progress) -> None:
+    """Takes up the best evaluation so far, unless it is of another metric or of other rows, or its adapter is gone."""
+    from accelerate.utils import broadcast_object_list
+
+    if progress.best is None:
+        return
+    best, reason = Best(**progress.best), ""
+    found: list[Any] = [None, reason]
+    if session.accelerator.is_main_process:
+        metric = session.recipe.evaluation.best_metric
+        found = [*restored(session.run.best, checkpoint, best, metric, session.measured)]
+    session.best, reason = broadcast_object_list(found)
+    if reason:
+        session.report.say(
+            f"note     the best evaluation so far, of step {best.step}, {reason}; the next one is the best"
+        )
 
 
 def check_belongs(checkpoint: Path, session: Session) -> None:

@@ -14,7 +14,7 @@ from qlora_cli.evaluate.suite import Context, Opened, name_of
 from qlora_cli.evaluate.suites import open_suite, suites_of
 from qlora_cli.model.base import Found
 from qlora_cli.recipe import Recipe
-from qlora_cli.recipe.schema import Source
+from qlora_cli.recipe.schema import Source, Suite
 from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_parts
 from qlora_cli.train.report import Report
 
@@ -69,13 +69,22 @@ def suites_in_training(recipe: Recipe, context: Context, held_out: Examples) -> 
 def open_suites(context: Context, names: Sequence[str] = ()) -> list[Opened]:
     """The recipe's suites with their rows read, those of the names if there are any.
 
-    Raises UserError where one would measure rows that were trained on.
+    Raises UserError where the `data` of one, or what a task of lm_eval reads its rows from, was trained on. It does not
+    see through a task that makes its rows by a function of its own, nor through a copy of a file under another name.
     """
     suites = suites_of(context.recipe, names)
     for suite in suites:
         measured = [part for source in suite.data for part in resolve(source, "eval").parts]
-        refuse_parts(context.trained, measured, f"evaluation.suites: {name_of(suite)}")
-    return [open_suite(suite, context) for suite in suites]
+        refuse_parts(context.trained, measured, _where(suite))
+    opened = []
+    for suite in suites:
+        opened.append(open_suite(suite, context))
+        refuse_parts(context.trained, opened[-1].measured, _where(suite))
+    return opened
+
+
+def _where(suite: Suite) -> str:
+    return f"evaluation.suites: {name_of(suite)}"
 
 
 def need_held_out(recipe: Recipe, names: Sequence[str] = ()) -> bool:

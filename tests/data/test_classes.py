@@ -16,6 +16,7 @@ from qlora_cli.data.row_task import RowTask
 
 NAMED = RowTask("sequence_classification", ("negative", "positive"), 2)
 COUNTED = RowTask("sequence_classification", (), 3)
+NUMERALS = RowTask("sequence_classification", ("1", "2", "3"), 3)
 NUMBERS = RowTask("sequence_classification", (), 1)
 TEXTS: list[tuple[str, ...]] = [
     ("A man is playing a large flute.",),
@@ -84,10 +85,33 @@ def test_the_summary_counts_labels(tmp_path: Path):
     assert load(tmp_path, rows_of(TEXTS[:2])).summary()[0].endswith(" tokens, 2 labels")
 
 
-def test_rows_beside_each_other_may_be_single_or_a_pair(tmp_path: Path):
-    rows = [{"text": "a", "text_pair": "b", "label": 0}, {"text": "c", "text_pair": None, "label": 1}]
-    first, second = load(tmp_path, rows).rows
-    assert (first.segment, second.segment) == (3, 0)
+@pytest.mark.parametrize(
+    ("row", "column"),
+    [
+        ({"text": "c", "text_pair": None, "label": 1}, "text_pair"),
+        ({"sentence": "c", "question": None, "label": 1}, "question"),
+        ({"text": "c", "text_pair": None, "premise": None, "hypothesis": "d", "label": 1}, "text_pair"),
+    ],
+)
+def test_a_second_text_that_is_null_is_refused_and_never_a_single_text(
+    tmp_path: Path, row: dict[str, Any], column: str
+):
+    message = refused(tmp_path, [{**row, column: "b"}, row])
+    assert f"rows.jsonl:2: {column} is null, and its column says that rows are pairs. Give all rows a second" in message
+    assert ":1:" not in message
+
+
+def test_columns_of_null_that_make_no_pair_of_the_texts_that_are_there_count_as_missing(tmp_path: Path):
+    single = {"text": "a", "premise": None, "hypothesis": None, "label": 0}
+    pair = {"premise": "a", "hypothesis": "b", "text": "c", "text_pair": None, "label": 0}
+    first, second = load(tmp_path, [single, pair]).rows
+    assert (first.segment, second.segment) == (0, 3)
+
+
+def test_a_template_without_a_pair_reads_single_texts_beside_a_column_of_null(tmp_path: Path):
+    template = {"prompt": "{{ text }}", "completion": "{{ label }}"}
+    (example,) = load(tmp_path, [{"text": "c", "text_pair": None, "label": 1}], source={"template": template}).rows
+    assert (example.segment, example.targets) == (0, (1,))
 
 
 # ── labels ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -105,6 +129,9 @@ def test_rows_beside_each_other_may_be_single_or_a_pair(tmp_path: Path):
         (NUMBERS, 5, 5.0),
         (NUMBERS, -0.25, -0.25),
         (RowTask("sequence_classification", ("1", "2", "5"), 3), 2, 1),  # the class called 2, not the third
+        (RowTask("sequence_classification", ("1", "2", "5"), 3), "5", 2),
+        (RowTask("sequence_classification", ("0.5", "1.0"), 2), 1.0, 1),
+        (RowTask("sequence_classification", ("nan", "inf"), 2), 1, 1),  # no number of a row is called so
         (RowTask("sequence_classification", ("False", "True"), 2), True, 1),
     ],
 )
@@ -122,6 +149,20 @@ def test_a_label_is_a_name_an_id_or_a_number(tmp_path: Path, task: RowTask, labe
         (COUNTED, "3", "the label is '3', not an id from 0 to 2. Mend the row, or set model.labels to the names of"),
         (COUNTED, 1.5, "the label is the number 1.5, not an id from 0 to 2"),
         (COUNTED, True, "the label is true, not an id from 0 to 2"),
+        *(
+            (
+                NUMERALS,
+                label,
+                f"the label is {shown}, none of the names 1, 2, 3. Mend the row: rows hold names and no ids",
+            )
+            for label, shown in ((0, "the number 0"), ("0", "'0'"), (4, "the number 4"), (1.0, "the number 1.0"))
+        ),
+        (NUMERALS, -1, "the label is the number -1, none of the names 1, 2, 3. Name rows with labels"),
+        (
+            RowTask("sequence_classification", ("few", "10"), 2),
+            1,
+            "the label is the number 1, none of the names few, 10",
+        ),
         (NUMBERS, "high", "the label is 'high', not a number, and model.num_labels is 1. Mend the row, or set model."),
         (NUMBERS, "nan", "the label is 'nan', not a number"),
         (NUMBERS, [1], "the label is a list, not a number"),
@@ -129,6 +170,15 @@ def test_a_label_is_a_name_an_id_or_a_number(tmp_path: Path, task: RowTask, labe
 )
 def test_a_label_that_is_none_is_refused(tmp_path: Path, task: RowTask, label: Any, words: str):
     assert f"rows.jsonl:1: {words}" in refused(tmp_path, [{"text": "a", "label": label}], task)
+
+
+@pytest.mark.parametrize("rows", [range(3), range(1, 4)])
+def test_numbers_as_names_never_put_two_labels_into_one_class(tmp_path: Path, rows: range):
+    lines = [{"text": "a", "label": label} for label in rows]
+    if 0 in rows:
+        assert "rows hold names and no ids, because the name 1 is a number" in refused(tmp_path, lines, NUMERALS)
+    else:
+        assert [row.targets for row in load(tmp_path, lines, NUMERALS).rows] == [(0,), (1,), (2,)]
 
 
 @pytest.mark.parametrize(

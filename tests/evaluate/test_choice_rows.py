@@ -66,12 +66,24 @@ def test_a_category_is_a_group(tmp_path: Path) -> None:
     assert one(tmp_path, LAMBADA | {"category": "novels"})[3] == "novels"
 
 
-def test_limit_takes_the_first_rows_of_each_path(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("limit", "numbers"), [(2, (2, 0)), (3, (3, 0)), (4, (3, 1)), (9, (3, 5)), (None, (3, 5))])
+def test_a_limit_takes_the_first_rows_of_all_paths_together(
+    tmp_path: Path, limit: int | None, numbers: tuple[int, int]
+) -> None:
     paths = [write(tmp_path / f"{name}.jsonl", questions(5, seed)) for seed, name in enumerate("ab")]
-    how: dict[str, Any] = {"delimiter": None, "shots_from": None, "limit": 2, "seed": 0}
+    how: dict[str, Any] = {"delimiter": None, "shots_from": None, "seed": 0}
+    wanted = [f"{path}:{row + 1}" for path, number in zip(paths, numbers, strict=True) for row in range(number)]
     for shots in (0, 1):
-        rows = read_choices([paths[0], Source(path=paths[1], limit=2)], shots=shots, **how)
-        assert [row.where for row in rows] == [f"{paths[0]}:1", f"{paths[0]}:2", f"{paths[1]}:1", f"{paths[1]}:2"]
+        rows = read_choices([Source(path=paths[0], limit=3), paths[1]], shots=shots, limit=limit, **how)
+        assert [row.where for row in rows] == wanted
+        whole = read_choices([Source(path=paths[0], limit=3), paths[1]], shots=shots, limit=None, **how)
+        assert rows == whole[: len(rows)], "solved examples are drawn from all rows"
+
+
+def test_no_file_behind_the_limit_is_read(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", questions(5))
+    how: dict[str, Any] = {"delimiter": None, "shots": 0, "shots_from": None, "seed": 0}
+    assert len(read_choices([path, str(tmp_path / "none.jsonl")], limit=5, **how)) == 5
 
 
 def test_shots_are_solved_examples_of_other_rows_of_the_group(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
-from qlora_cli.evaluate.generate import Answer, Decoding, generate_answers, prompt_and_reference
+from qlora_cli.evaluate.generate import Answer, Decoding, batches_of_one_length, generate_answers, prompt_and_reference
 from qlora_cli.model.base import Base, load_base
 from tests.tiny import train_rows
 
@@ -50,6 +52,20 @@ def test_answers_equal_a_plain_greedy_loop_for_every_batch_size(ready):
     for size in (1, 5):
         answers = answers_of(base, rows, size)
         assert {answer.where: answer.generated for answer in answers} == expected
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=60), st.integers(1, 6), st.integers(1, 30))
+def test_prompts_of_a_batch_have_one_length_and_short_ones_are_more(lengths: list[int], size: int, num_new: int):
+    batches = list(batches_of_one_length([[0] * length for length in lengths], size, num_new))
+    assert sorted(row for batch in batches for row in batch) == list(range(len(lengths)))
+    budget = size * (max(lengths) + num_new)
+    for batch in batches:
+        (length,) = {lengths[row] for row in batch}
+        assert len(batch) * (length + num_new) <= budget
+        left = lengths[batch[0] :].count(length)
+        assert len(batch) == left or (len(batch) + 1) * (length + num_new) > budget, "no smaller than it has to be"
+    assert [lengths[batch[0]] for batch in batches] == sorted((lengths[b[0]] for b in batches), reverse=True)
 
 
 def test_the_bases_own_generation_settings_do_not_matter(ready, monkeypatch):

@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 import random
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +17,18 @@ import pytest
 import torch
 import yaml
 
+from qlora_cli.data.hub import HubData
+from qlora_cli.data.readers import DataFile
+from qlora_cli.data.sources import Part
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.evaluate.lm_eval_suite import plain
+from qlora_cli.evaluate.lm_eval_suite import in_words, plain
+from qlora_cli.evaluate.lm_eval_tasks import parts_of
 from qlora_cli.evaluate.measuring import figures, result_of
 from qlora_cli.model.base import Base
 from qlora_cli.recipe import Recipe
+from qlora_cli.train.suites import open_suites
 from tests.evaluate.choices import continuations, questions
-from tests.evaluate.opening import answers_of, base_of, opened, recipe_of, write
+from tests.evaluate.opening import answers_of, base_of, context, opened, recipe_of, write
 
 pytest.importorskip("lm_eval")
 
@@ -223,6 +232,42 @@ def test_what_answers_depend_on_is_in_the_digest(recipe: Recipe, tmp_path: Path)
     assert len({digests[0], other.digest, prompt.digest}) == 3
 
 
+def test_a_function_within_the_settings_is_told_by_its_source(recipe: Recipe, tmp_path: Path) -> None:
+    def digest(body: str) -> str:
+        (tmp_path / "own.py").write_text(f"def shorten(resps, docs):\n    return {body}\n")
+        sys.modules.pop(str(tmp_path / "own"), None)  # as another process has it
+        kept.append(opened(recipe, suite="lm_eval", tasks=[str(path)]))
+        return kept[-1].digest
+
+    path = Path(write_task(tmp_path, "written", continuations(3)))
+    config = yaml.safe_load(path.read_text()) | {"filter_list": [{"name": "own", "filter": "FILTERS"}]}
+    steps = "[{function: custom, filter_fn: !function own.shorten}, {function: take_first}]"
+    path.write_text(yaml.safe_dump(config).replace("FILTERS", steps))
+    kept: list[Any] = []  # so that no function takes another's place in memory
+    one, same = (digest("[[resp[:1] for resp in row] for row in resps]") for _ in range(2))
+    assert one == same
+    assert digest("[[resp[:2] for resp in row] for row in resps]") != one
+
+
+def test_what_has_no_form_in_json_is_told_without_its_place_in_memory() -> None:
+    class Bare:
+        def __call__(self) -> None: ...
+
+    for value in (
+        Bare(),
+        Bare,
+        Bare().__call__,
+        partial(len, [1]),
+        partial(continuations, 3),
+        len,
+        object(),
+        Path("x"),
+    ):
+        assert "0x" not in json.dumps(in_words(value), default=in_words)
+    assert "def continuations" in json.dumps(in_words(partial(continuations, 3)))
+    assert in_words(Path("x")) == "x"
+
+
 def test_nothing_of_a_training_run_is_moved(recipe: Recipe, base: Base, folder: Path, capfd: Any) -> None:
     import copy
 
@@ -295,6 +340,59 @@ def test_files_that_are_no_tasks_are_told(recipe: Recipe, folder: Path, tmp_path
     assert "cannot load" in str(refused(recipe, odd))
     assert "output_type" in str(refused(recipe, odd))
     assert "is named twice" in str(refused(recipe, folder / "two.yaml", folder / "two.yaml"))
+
+
+def trained_on(recipe: Recipe, trained: Sequence[Part], task: str) -> None:
+    """The task opened where a run has read these."""
+    suite = {"suite": "lm_eval", "tasks": [task], "name": "mine"}
+    own = recipe_of(recipe.model.model_dump(), evaluation={"suites": [suite]})
+    open_suites(replace(context(own), trained=trained))
+
+
+@pytest.mark.parametrize("form", ["text", "list", "splits", "pattern", "folder", "data set"])
+def test_what_was_trained_on_is_not_measured(recipe: Recipe, tmp_path: Path, monkeypatch: Any, form: str) -> None:
+    from datasets import config
+
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = tmp_path / "rows"
+    rows.mkdir()
+    path, other = (write(rows / f"{name}.jsonl", questions(5, seed))["path"] for seed, name in enumerate(("lmt", "b")))
+    forms: dict[str, dict[str, Any]] = {
+        "text": {"dataset_kwargs": {"data_files": path}, "test_split": "train"},
+        "list": {"dataset_kwargs": {"data_files": [other, path]}, "test_split": "train"},
+        "splits": {"dataset_kwargs": {"data_files": {"train": other, "test": [path]}}},
+        "pattern": {"dataset_kwargs": {"data_files": {"test": f"{rows}/l*.jsonl"}}},
+        "folder": {"dataset_kwargs": {"data_dir": str(rows)}, "test_split": "train"},
+        "data set": {"dataset_path": str(rows), "dataset_kwargs": None, "test_split": "train"},
+    }
+    task = write_task(tmp_path, "two", questions(3), **forms[form])
+    (tmp_path / "link.jsonl").symlink_to(path)
+    with pytest.raises(UserError) as caught:
+        trained_on(recipe, [DataFile(str(tmp_path / "link.jsonl"))], task)
+    assert caught.value.where == "evaluation.suites: mine"
+    assert caught.value.what == f"{path} is held out and trained on"
+    trained_on(recipe, [DataFile(str(tmp_path / "two.jsonl"))], task)
+
+
+def test_solved_examples_may_have_been_trained_on(recipe: Recipe, tmp_path: Path) -> None:
+    path, other = (write(tmp_path / f"{name}.jsonl", questions(5, seed))["path"] for seed, name in enumerate("ab"))
+    files = {"data_files": {"train": path, "test": other}, "cache_dir": str(tmp_path / "cache")}
+    shots = {"dataset_kwargs": files, "training_split": "train", "num_fewshot": 2, "fewshot_split": "train"}
+    task = write_task(tmp_path, "two", questions(3), **shots)
+    trained_on(recipe, [DataFile(path)], task)
+    with pytest.raises(UserError, match="is held out and trained on"):
+        trained_on(recipe, [DataFile(other)], task)
+
+
+def test_a_split_of_the_hub_is_known_by_its_names() -> None:
+    task = SimpleNamespace(
+        DATASET_PATH="owner/rows",
+        DATASET_NAME="main",
+        config=SimpleNamespace(test_split=None, validation_split="dev", dataset_kwargs=None, custom_dataset=None),
+    )
+    assert parts_of(task) == [HubData("owner/rows", "main", "dev")]
+    task.config.custom_dataset = len
+    assert parts_of(task) == []
 
 
 def test_without_the_extra_it_is_named(recipe: Recipe, folder: Path, monkeypatch: Any) -> None:

@@ -60,6 +60,19 @@ def test_it_does_not_change_with_the_batch_size(plain):
         assert result.accuracy == results[0].accuracy
 
 
+def test_short_rows_go_through_in_fewer_passes_of_no_more_tokens(plain):
+    base, rows, _ = plain
+    shapes: list[torch.Size] = []
+    hook = base.model.get_input_embeddings().register_forward_hook(lambda module, ids, out: shapes.append(ids[0].shape))
+    try:
+        held_out_loss(base, base.model, rows, 2)
+    finally:
+        hook.remove()
+    assert sum(shape[0] for shape in shapes) == len(rows)
+    assert max(shape.numel() for shape in shapes) == 2 * max(row.num_tokens for row in rows)
+    assert len(shapes) < len(rows) / 2
+
+
 def test_token_accuracy_counts_greedy_tokens(plain):
     base, rows, _ = plain
     right = 0

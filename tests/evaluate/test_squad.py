@@ -279,6 +279,36 @@ def test_of_squad_2_the_null_wins_where_it_is_likelier_in_every_window(case: Sim
     assert right[0, 0] == (answers[-1]["prediction"] == "")
 
 
+def test_no_answer_may_be_given_whatever_the_limit(case: SimpleNamespace, tmp_path: Path) -> None:
+    none = {**case.rows[9], "id": "none", "answers": {"text": [], "answer_start": []}}
+    path = tmp_path / "two.jsonl"
+    path.write_text("".join(f"{line}\n" for line in (json.dumps(case.rows[0]), "{broken", json.dumps(none))))
+    plain, two = Source(path=str(case.path)), Source(path=str(path))
+    for sources, limit, wanted in (
+        ([two], 1, True),
+        ([plain, two], 3, True),
+        ([two, plain], 1, True),
+        ([plain], 1, False),
+        ([Source(path=str(path), limit=2)], 1, False),
+    ):
+        found = read_questions(sources, case.base, case.recipe, limit)
+        assert [one.may_be_none for one in found] == [wanted] * limit
+    with raised(case.base, by=1000.0):
+        (answer,) = answers_of(case.base, read_questions([two], case.base, case.recipe, 1))
+    assert answer["prediction"] == ""
+
+
+def test_what_stands_behind_the_limit_is_in_the_digest_where_it_changes_answers(
+    case: SimpleNamespace, tmp_path: Path
+) -> None:
+    none = {**case.rows[9], "answers": {"text": [], "answer_start": []}}
+    digests = []
+    for name, rows in (("a", case.rows[:2]), ("b", case.rows[:3]), ("c", [*case.rows[:2], none])):
+        path = write_rows(tmp_path / f"{name}.jsonl", rows)
+        digests.append(opened(case, case.recipe, limit=2, data=[Source(path=str(path))]).digest)
+    assert digests[0] == digests[1] != digests[2]
+
+
 # ── models that point at certain tokens ──────────────────────────────────────────────────────────────────────────────
 
 
@@ -358,12 +388,14 @@ def test_the_models_mode_comes_back_and_gradients_stay_on_between_answers(case: 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_limit_counts_questions_of_each_source(case: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_limit_counts_questions_of_all_sources_together(case: SimpleNamespace, tmp_path: Path) -> None:
     paragraphs = [{"context": row["context"], "qas": [row]} for row in case.rows[:6]]
     official = tmp_path / "dev.json"
     official.write_text(json.dumps({"version": "1.1", "data": [{"title": "x", "paragraphs": paragraphs}]}))
-    found = read_questions([Source(path=str(official)), Source(path=str(case.path))], case.base, case.recipe, 4)
-    assert [one.question.id for one in found] == ["q0", "q1", "q2", "q3"] * 2
+    sources = [Source(path=str(official), limit=3), Source(path=str(case.path))]
+    for limit in (2, 3, 5):
+        found = read_questions(sources, case.base, case.recipe, limit)
+        assert [one.question.id for one in found] == ["q0", "q1", "q2", "q0", "q1"][:limit]
     assert read_questions([Source(path=str(official))], case.base, case.recipe, None)[5].question.id == "q5"
 
 
@@ -407,7 +439,7 @@ def test_several_bad_rows_are_told_at_once_and_none_behind_the_limit(case: Simpl
 
 def test_a_window_that_the_model_cannot_read_is_refused(case: SimpleNamespace) -> None:
     recipe = recipe_of(case.folder / "model", case.path, max_length=2048)
-    with pytest.raises(UserError, match=r"rows.jsonl:\d+: a window takes \d+ tokens, the model has 72 positions"):
+    with pytest.raises(UserError, match=r"rows.jsonl:\d+: a window takes \d+ tokens, the model has 71 positions"):
         read_questions([], case.base, recipe, None)
 
 

@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from qlora_cli.errors import UserError
-from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import find_base, load_base
 from qlora_cli.model.heads import TASKS, can, find_head, is_encoder
 from qlora_cli.quant.layers import quantized_modules
@@ -184,6 +183,30 @@ def test_labels_become_the_configs_and_a_number_alone_gives_them_no_names(make_r
     assert config(num_labels=1).problem_type == "regression"
 
 
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        (["yes", "no"], r"in another order: \['yes', 'no'\], and the checkpoint's classes are \['no', 'yes'\]"),
+        (
+            ["bad", "good"],
+            r"other names: \['bad', 'good'\], and the checkpoint's classes are \['no', 'yes'\] in the orde",
+        ),
+    ],
+)
+def test_classes_that_the_checkpoint_names_otherwise_are_refused(make_recipe, tmp_path, labels, message):
+    names = {"id2label": {1: "yes", 0: "no"}, "label2id": {"no": 0, "yes": 1}}
+    folder = write_architecture(tmp_path / "base", "bert", **names)
+
+    def config(**model):
+        return find_base(make_recipe(model={"name_or_path": str(folder), "task": CLASSIFY, **model})).config
+
+    with pytest.raises(UserError, match=rf"model\.labels: {message}.*Set model\.labels to \['no', 'yes'\], and let"):
+        config(labels=labels)
+    assert config(labels=["no", "yes"]).id2label == {0: "no", 1: "yes"}
+    assert config(num_labels=2).id2label == {0: "no", 1: "yes"}
+    assert config(labels=["no", "perhaps", "yes"]).num_labels == 3  # a head for two is refused by its shape
+
+
 def test_span_prediction_has_two_labels_whatever_the_checkpoint_was_for(load, tmp_path):
     folder = write_architecture(tmp_path / "base", "bert", num_labels=5)
     assert load("bert", "question_answering", folder=folder).model.qa_outputs.out_features == 2
@@ -207,6 +230,42 @@ def test_a_decoder_reads_its_class_off_the_last_token_before_the_padding(load, a
     alone = [outputs(base.model, {"input_ids": row[None, :n]}) for row, n in zip(ids, lengths, strict=True)]
     assert torch.allclose(together, torch.cat(alone), atol=1e-5)
     assert (together[0] - together[1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_decoder_without_any_padding_is_one_message_before_a_row_is_read(make_recipe, architecture, tmp_path, name):
+    folder = shutil.copytree(architecture(name), tmp_path / name)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token = None
+    tokenizer.save_pretrained(folder)
+    recipe = make_recipe(model=model_section(folder, CLASSIFY))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": None}))
+    with pytest.raises(
+        UserError, match=r"neither a pad_token nor an eos_token, so .*\. Set pad_token in tokenizer_con"
+    ):
+        find_base(recipe)
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 5}))
+    assert find_base(recipe).config.pad_token_id == 5
+
+
+@pytest.mark.parametrize("name", ["bart", "t5"])
+@pytest.mark.parametrize("start", [None, "absent"])
+def test_a_config_without_the_decoders_start_is_refused_before_a_row_is_read(
+    make_recipe, architecture, tmp_path, name, start
+):
+    folder = shutil.copytree(architecture(name), tmp_path / name)
+    config = json.loads((folder / "config.json").read_text()) | {"decoder_start_token_id": None}
+    if start == "absent":
+        del config["decoder_start_token_id"]
+    (folder / "config.json").write_text(json.dumps(config))
+    find_base(make_recipe(model=model_section(folder, CLASSIFY)))  # it starts no text
+    recipe = make_recipe(model=model_section(folder, "seq2seq_lm"))
+    if name == "bart" and start == "absent":
+        assert find_base(recipe).config.decoder_start_token_id == 2  # transformers' default of BART
+        return
+    with pytest.raises(UserError, match=r"the model's config has no decoder_start_token_id\. Set it in config\.json"):
+        find_base(recipe)
 
 
 def test_an_encoder_keeps_its_padding(load, tmp_path):
@@ -247,16 +306,6 @@ def test_the_norms_of_a_bert_of_2018_are_found_under_their_old_names(load, tmp_p
     assert old.keys() != tensors.keys()
     save_file(old, folder / "model.safetensors", {"format": "pt"})
     assert torch.equal(outputs(load("bert", CLASSIFY, folder=folder).model, rows_of(CLASSIFY)), wanted)
-
-
-def test_calibration_of_another_task_is_refused(make_recipe, architecture):
-    from qlora_cli.model.start import start_layers
-
-    adapter = {"init": "loftq", "r": 4, "alpha": 8, "loftq": {"calibration": 1}}
-    recipe = make_recipe(model=model_section(architecture("bert"), CLASSIFY), adapter=adapter)
-    base = load_base(recipe, CPU, packed=True)
-    with pytest.raises(UserError, match="calibration of sequence_classification is not available yet"):
-        next(start_layers(recipe, base, attach_adapter(base, recipe.adapter), [[3, 4]]))
 
 
 def test_a_model_that_transformers_cannot_build_is_refused(make_recipe, architecture, tmp_path):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -11,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from qlora_cli.data.encode import Example
-from qlora_cli.tasks.table import TASKS, batches, loss_sum, rows_of_batches
+from qlora_cli.tasks import table
+from qlora_cli.tasks.table import MOST_ROWS, TASKS, batches, loss_sum, rows_of_batches
 from tests.tasks.tiny_heads import HEADS, MAKES, base_of, examples
 
 LENGTHS = [9, 4, 14, 6, 11]
@@ -96,10 +99,35 @@ def test_neither_does_any_split(task: str, data: st.DataObject):
 def test_the_batches_hold_every_row_once_the_longest_first_and_none_too_many():
     base = base_of("bert", "sequence_classification")
     rows = examples("sequence_classification", LENGTHS)
-    assert list(rows_of_batches(LENGTHS, 2, 14, False, base)) == [[2, 4], [0, 3], [1]]
     found = [batch.input_ids for batch in batches(rows, LENGTHS, 2, 14, False, base)]
     assert [tuple(ids.shape) for ids in found] == [(2, 14), (2, 9), (1, 4)]
     assert found[0][0].tolist() == rows[2].input_ids
+
+
+def test_an_evaluation_takes_more_of_short_rows_at_once():
+    base = base_of("bert", "sequence_classification")
+    assert list(rows_of_batches(LENGTHS, 2, 14, False, base)) == [[2, 4], [0, 3, 1]]
+    mixed = [100] * 4 + [10] * 80
+    assert [len(rows) for rows in rows_of_batches(mixed, 2, 100, False, base)] == [2, 2, 20, 20, 20, 20]
+    assert [len(rows) for rows in rows_of_batches([1] * 10_000, 1, 9_000, False, base)] == [MOST_ROWS, MOST_ROWS, 1808]
+    assert [len(rows) for rows in rows_of_batches([1] * 10_000, 5_000, 1, False, base)] == [5_000, 5_000]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=80), st.integers(1, 9), st.lists(st.integers(1, 60)))
+def test_no_pass_of_an_evaluation_has_more_cells_than_its_budget(lengths: list[int], size: int, cuts: list[int]):
+    base = base_of("bert", "sequence_classification")
+    with patch.object(table, "rope_boundaries", lambda config: sorted(set(cuts))):
+        passes = list(rows_of_batches(lengths, size, max(lengths), False, base))
+    assert sorted(row for rows in passes for row in rows) == list(range(len(lengths)))
+    for rows in passes:
+        assert len(rows) * max(lengths[row] for row in rows) <= size * max(lengths)
+        assert len({bisect_left(sorted(set(cuts)), lengths[row]) for row in rows}) == 1, "RoPE turns alike"
+    firsts = [lengths[rows[0]] for rows in passes]
+    assert firsts == sorted(firsts, reverse=True)
+    if not cuts:
+        assert len(passes) <= -(-len(lengths) // size)
+        assert all(len(rows) >= size for rows in passes[:-1])
 
 
 def test_numbers_are_squared_errors_and_classes_cross_entropies():

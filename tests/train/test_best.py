@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 
 import pytest
 
@@ -30,10 +31,6 @@ def test_a_figure_that_is_none_is_never_the_best_beside_one():
     second = judged(Best("eval_loss", 2.0, 1), first, True)
     third = judged(Best("eval_loss", math.nan, 2), second, True)
     assert (second.step, third) == (1, Best("eval_loss", 2.0, 1, 1))
-
-
-def test_another_metric_begins_anew():
-    assert judged(Best("a.f1", 0.1, 7), Best("eval_loss", 0.5, 3, 2), False) == Best("a.f1", 0.1, 7)
 
 
 def train(recipe, pause_at=None):
@@ -106,3 +103,65 @@ def test_a_metric_that_nothing_measures_is_refused_before_a_weight_is_read(overf
     known = "eval_loss, eval_perplexity, eval_token_accuracy"
     with pytest.raises(UserError, match=f"'eval_los' is not measured in training. Choose from {known}"):
         train(overfitting(best_metric="eval_los"))
+
+
+class Told(QuietReport):
+    """Keeps what is told."""
+
+    def __init__(self):
+        self.lines = []
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def resumed(recipe, resume="auto", pause_at=None):
+    report = Told()
+    commands.train(recipe, b"", report, main_process=True, resume=resume, pause_at=pause_at)
+    return report.lines
+
+
+def test_values_of_other_rows_are_not_compared(overfitting, rows_file, tmp_path):
+    first = overfitting(steps=3, best_metric="eval_loss")
+    train(first, pause_at=1)
+    others = tmp_path / "others.jsonl"
+    others.write_text(rows_file.with_name("heldout.jsonl").read_text().splitlines()[0] + "\n")
+    data = first.data.model_copy(update={"eval": [first.data.eval[0].model_copy(update={"path": str(others)})]})
+    told = resumed(first.model_copy(update={"data": data}))
+    assert any("the best evaluation so far, of step 1, is by another metric, or of other rows" in line for line in told)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000003" / "state.json").read_text())
+    assert state["best"]["step"] > 1
+
+
+def test_another_metric_begins_anew(overfitting, tmp_path):
+    train(overfitting(steps=3, best_metric="eval_loss"), pause_at=2)
+    told = resumed(overfitting(steps=3, best_metric="eval_token_accuracy"))
+    assert any("is by another metric" in line for line in told)
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-000003" / "state.json").read_text())
+    assert state["best"]["metric"] == "eval_token_accuracy"
+
+
+def test_a_run_that_was_stopped_early_and_killed_ends_where_it_was(overfitting, tmp_path):
+    settings = {"best_metric": "eval_loss", "early_stopping_patience": 1}
+    train(overfitting(steps=40, **settings))
+    steps = metrics_of(tmp_path / "run")
+    adapter = (tmp_path / "run" / "adapter" / WEIGHTS).read_bytes()
+    shutil.rmtree(tmp_path / "run" / "adapter")  # killed before the result was written
+    train(overfitting(steps=40, **settings))
+    assert metrics_of(tmp_path / "run") == steps, "it trained on"
+    assert (tmp_path / "run" / "adapter" / WEIGHTS).read_bytes() == adapter
+
+
+def test_a_checkpoint_that_goes_on_in_another_folder_brings_its_best_adapter(overfitting, tmp_path):
+    train(overfitting(steps=3, best_metric="eval_loss"), pause_at=2)
+    kept = tmp_path / "run" / "best" / "step-000001" / WEIGHTS
+    resumed(overfitting("other", steps=3, best_metric="eval_loss"), str(tmp_path / "run/checkpoints/step-000002"))
+    assert (tmp_path / "other" / "adapter" / WEIGHTS).read_bytes() == kept.read_bytes()
+
+
+def test_a_best_adapter_that_is_gone_does_not_count(overfitting, tmp_path):
+    train(overfitting(steps=3, best_metric="eval_loss"), pause_at=2)
+    shutil.rmtree(tmp_path / "run" / "best")
+    told = resumed(overfitting(steps=3, best_metric="eval_loss"))
+    assert any("has no adapter any more" in line for line in told)
+    assert [path.name for path in (tmp_path / "run" / "best").iterdir()] == ["step-000003"]
