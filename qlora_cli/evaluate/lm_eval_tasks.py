@@ -133,10 +133,10 @@ def parts_of(task: Any) -> list[Part]:
     config, path = task.config, task.DATASET_PATH
     split = config.test_split or config.validation_split
     asked = config.dataset_kwargs or {}
-    named = {key: asked[key] for key in ("data_files", "data_dir") if asked.get(key)}
+    named = {key: asked[key] for key in ("data_files", "data_dir", "cache_dir", "revision") if asked.get(key)}
     if callable(config.custom_dataset) or path is None:
         return []
-    if not named and not Path(path).exists():
+    if named.keys().isdisjoint(("data_files", "data_dir")) and not Path(path).exists():
         return [HubData(path, task.DATASET_NAME, split)] if split else []
     # finds the files again as the harness found them, and reads none
     files = datasets.load_dataset_builder(path, task.DATASET_NAME, **named).config.data_files or {}

@@ -74,7 +74,7 @@ def read_questions(
 ) -> list[Asked]:
     """The questions of the sources, the first `limit` of all, in windows as training makes them.
 
-    No sources: the recipe's held-out data. Whether "no answer" can be answered depends on all of it, whatever the limit.
+    No sources: the recipe's held-out data. Whether "no answer" can be answered, all of it decides, whatever the limit.
     Raises UserErrors with up to MOST_ERRORS broken rows among those before the limit; with data.on_bad_row: skip they
     are left out, each given to `tell`. Raises UserError for a window that the model cannot read.
     """
@@ -164,7 +164,8 @@ def answer_questions(
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """The index of each question with its answer, as they are done, those with the longest windows first.
 
-    batch_size: windows of the longest length in one forward pass. It changes no answer but by rounding. max_answer_length: tokens of a span.
+    batch_size: windows of the longest length in one forward pass; it changes no answer but by rounding.
+    max_answer_length: tokens of a span.
     prediction: the answer, empty for "no answer". score: of its span, None where no span is legal; null_score: of
     "no answer", the least over the windows, None where that cannot be answered; the greater of the two wins.
     The model is in evaluation mode until the last answer is taken, then in its own.

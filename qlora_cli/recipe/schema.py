@@ -293,7 +293,9 @@ class Evaluation(Section):
     """How held-out data is measured."""
 
     batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = key(
-        "auto", "rows of the longest length in one forward pass, of shorter ones more; auto: training.micro_batch_size", unit="rows"
+        "auto",
+        "rows of the longest length in one forward pass, of shorter ones more; auto: training.micro_batch_size",
+        unit="rows",
     )
     max_new_tokens: int = key(128, "longest generated answer", unit="tokens", ge=1)
     num_beams: int = key(1, "beams of generated answers; 1: greedy", ge=1)

@@ -97,7 +97,7 @@ def _packed(lengths: Sequence[int], capacity: int) -> Iterator[list[int]]:
 
 
 def _padded(lengths: Sequence[int], base: Base, most: Callable[[int], int]) -> Iterator[list[int]]:
-    """Rows of like length, none beside rows for which RoPE turns otherwise. most: rows at once by the longest's length."""
+    """Rows of like length, none beside rows for which RoPE turns otherwise. most: rows at once, by their longest."""
     boundaries = rope_boundaries(base.config)
     for _, rows in groupby(_longest_first(lengths), key=lambda row: bisect_left(boundaries, lengths[row])):
         alike = list(rows)
