@@ -159,6 +159,7 @@ def merge(
     difference = compare(unmerged.logits, logits_of(model, unmerged.rows, MEASURED_POSITIONS, unmerged.forward))
     result = {
         "out": str(out),
+        "task": recipe.model.task,
         "adapter": str(run.adapter),
         "adapter_digest": digest_of(run.adapter),
         "base": onto,

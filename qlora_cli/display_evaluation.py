@@ -27,7 +27,10 @@ def print_evaluation(result: dict[str, Any]) -> None:
                 console.print(f"  {shown(name):<8} {shown(group)}, {rows[1]:,} rows: {told}", soft_wrap=True)
         for note in suite["notes"]:
             console.print(f"note      {shown(note)}", soft_wrap=True)
-        console.print(f"answers   {shown(suite['file'])}", "", sep="\n", soft_wrap=True)
+        file = shown(suite["file"])
+        console.print(
+            f"file      {file}; answers in {file.removesuffix('.json')}.*.jsonl", "", sep="\n", soft_wrap=True
+        )
     names = list(result["models"])
     for sample in result["samples"]:
         console.print(f"prompt    {shown(sample['prompt'])}", soft_wrap=True)
@@ -54,7 +57,7 @@ def suite_table(suite: dict[str, Any]) -> Table:
     for label in labels:
         cells = [estimate(label, figures[label]) for figures in suite["models"].values()]
         cells += [estimate(label, difference["figures"][label], True) for difference in suite["differences"]]
-        table.add_row(shown(label.replace("_", " ")), *cells)
+        table.add_row(shown(label), *cells)
     return table
 
 

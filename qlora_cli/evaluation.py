@@ -7,6 +7,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count as count_up
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,15 @@ from tokenizers import Tokenizer
 from qlora_cli.data.examples import Examples
 from qlora_cli.data.store import part_from_json
 from qlora_cli.errors import UserError
-from qlora_cli.evaluate.measuring import Answers, Subject, answered, known_answers, result_of, store_result
+from qlora_cli.evaluate.measuring import (
+    Answers,
+    Subject,
+    answered,
+    known_answers,
+    refuse_other_rows,
+    result_of,
+    store_result,
+)
 from qlora_cli.evaluate.suite import Opened
 from qlora_cli.model.adapter import CONFIG, WEIGHTS, load_adapter
 from qlora_cli.model.base import Base, Found, default_device, find_base, fingerprint, load_base
@@ -25,7 +34,7 @@ from qlora_cli.model.source import read_config, read_json
 from qlora_cli.model.whole_folder import MANIFEST, fault
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
-from qlora_cli.recipe.schema import Quantization
+from qlora_cli.recipe.schema import Adapter, Quantization
 from qlora_cli.train.base import recipe_of_base
 from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_seen
 from qlora_cli.train.report import Report
@@ -65,6 +74,9 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
     refuse_other_labels(recipe, run)
     on_base = recipe_of_base(recipe, run)
     found = find_base(on_base)
+    if wanted.merged is not None:
+        recipe_of_merged(recipe, wanted.merged)
+        refuse_other_merged(wanted.merged, adapter, found)
     held_out = (
         held_out_rows(recipe, found, report, run, adapter) if need_held_out(recipe, wanted.suites) else Examples()
     )
@@ -84,8 +96,9 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
             answers[suite.name][subject.name] = answered(suite, subject, folder, wanted.again, progress)
             report.end()
 
-    if wanted.merged is not None:
-        refuse_other_merged(wanted.merged, adapter, found)
+    if not wanted.again:
+        for suite in suites:
+            refuse_other_rows(suite, folder)
     if wanted.baseline or adapter.exists():
         base = load_base(on_base, default_device(), found)
         say_base(report, on_base, base)
@@ -93,12 +106,12 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
         say_if_another_base(run, weights, report)
         digest = f"{weights} {reads_as(found)}"
         if wanted.baseline:
-            with before_training(base) as (name, model):
-                measure(Subject(name, base, model, digest))
+            with before_training(base, recipe.adapter) as (name, model):
+                measure(Subject(name, base, model, digest_before(base, recipe, digest)))
         else:  # what was measured before, and is of this very base, stands beside the adapter
+            name = "base" if began_with(base, recipe.adapter) is None else "start"
             for suite in suites:
-                name = baseline_name(base)
-                if (known := known_answers(suite, name, digest, folder)) is not None:
+                if (known := known_answers(suite, name, digest_before(base, recipe, digest), folder)) is not None:
                     answers[suite.name][name] = known
         if adapter.exists():
             model = load_adapter(base, adapter)
@@ -127,6 +140,12 @@ def reads_as(found: Found) -> str:
     """SHA-256 of what turns text into ids and ends an answer: answers depend on it as on the weights."""
     text = found.tokenizer.backend_tokenizer.to_str() + str(sorted(found.stop_token_ids))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def digest_before(base: Base, recipe: Recipe, digest: str) -> str:
+    """The digest of what training began with. digest: the base's; a start that changed the base is part of that."""
+    start = began_with(base, recipe.adapter)
+    return digest if start is None else f"{digest} {digest_of(start)}"
 
 
 def refuse_other_merged(folder: Path, adapter: Path, found: Found) -> None:
@@ -193,24 +212,33 @@ def samples(suites: Sequence[Opened], answers: dict[str, dict[str, Answers]], co
 def begun(report: Report, suite: Opened, subject: Subject) -> Callable[[int], None]:
     """Begins the progress of a suite over a model, and returns what tells how many rows are answered."""
     report.measure(f"{subject.name} {suite.name}", suite.num_rows)
-    return report.advance
+    first = count_up()
+
+    def tell(done: int) -> None:
+        if next(first) == 0 and done:
+            report.say(
+                f"eval     {subject.name} {suite.name}: {done:,} of {suite.num_rows:,} answers are there already"
+            )
+        report.advance(done)
+
+    return tell
 
 
 @contextmanager
-def before_training(base: Base) -> Iterator[tuple[str, Any]]:
-    """What training began with, by name: the base, or the start, which is one with an adapter on it that changed it."""
-    start = start_of(base.folder)
+def before_training(base: Base, adapter: Adapter) -> Iterator[tuple[str, Any]]:
+    """What training began with, by name: the base, or the start, a base with the adapter that training went on from."""
+    start = began_with(base, adapter)
     if start is None:
-        yield baseline_name(base), base.model
+        yield "base", base.model
         return
     model = load_adapter(base, start)
-    yield baseline_name(base), model
+    yield "start", model
     model.unload()  # which gives the base its own layers back
 
 
-def baseline_name(base: Base) -> str:
-    """What a model before training is called: `start` where a start changed the base."""
-    return "base" if start_of(base.folder) is None else "start"
+def began_with(base: Base, adapter: Adapter) -> Path | None:
+    """The adapter folder that training began with: that of a start which changed the base, or of adapter.from."""
+    return start_of(base.folder) or (Path(adapter.from_) if adapter.from_ is not None else None)
 
 
 def recipe_of_merged(recipe: Recipe, folder: Path) -> Recipe:

@@ -71,7 +71,7 @@ def vocabulary() -> list[str]:
 
 def kinds_of_words() -> list[list[str]]:
     """The vocabulary in groups of words that can stand for each other; the last holds all others."""
-    groups = [NAMES, COLOURS, THINGS, LOOKS, *SITES.values(), [*SITES], TIMES]
+    groups = [NAMES, COLOURS, THINGS, LOOKS, *SITES.values(), [*SITES], TIMES, ["a", "the"]]
     groups = [sorted(word.lower() for word in group) for group in groups]
     return [*groups, sorted(set(vocabulary()) - {word for group in groups for word in group})]
 
@@ -111,10 +111,15 @@ def other(random: Random) -> str:
 
 
 def document(random: Random) -> tuple[str, str]:
-    """An opening that asks or tells of one fact or two, and a story that tells these and others."""
+    """An opening that asks or tells of one fact or two, and a story that tells these and others.
+
+    Of what the opening is about the story says "the", of all else "a", as one does of what is known and what is new.
+    """
     facts = draw_facts(random, random.randint(2, 5), new=False)
-    opening = " ".join(fact.fill(random.choice(OPENINGS)) for fact in facts[: random.randint(1, 2)])
+    known = random.randint(1, 2)
+    opening = " ".join(fact.fill(random.choice(OPENINGS)) for fact in facts[:known])
     sentences = [fact.fill(random.choice(TOLD)) for fact in facts]
+    sentences[known:] = [one.replace(" the ", " a ").replace("The ", "A ") for one in sentences[known:]]
     sentences += [other(random) for _ in range(random.randint(0, 1))]
     random.shuffle(sentences)
     return opening, " ".join(sentences)

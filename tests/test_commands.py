@@ -111,7 +111,7 @@ def test_eval_and_merge_work_without_a_network(finished, tmp_path):
 def test_eval_shows_base_and_adapter_side_by_side(finished, qlora):
     ended = qlora("eval", finished, "--baseline")
     assert ended.code == 0
-    for words in ("base", "adapter", "perplexity", "token accuracy", "exact match", "prompt", "expected"):
+    for words in ("base", "adapter", "perplexity", "token_accuracy", "exact_match", "prompt", "expected"):
         assert words in ended.out
     assert "\x1b" not in ended.out + ended.err, "colour where there is no terminal"
 

@@ -133,6 +133,16 @@ def test_the_page_on_evaluation_has_every_metric_and_every_suite():
         assert f"\n| `{name}` |" in page, f"the suite {name} is not told of"
 
 
+def test_the_recipe_knows_every_metric():
+    from qlora_cli.evaluate.metrics import METRICS
+    from qlora_cli.recipe.suite_rules import METRICS_OF
+
+    kinds = {"generate": "text", "classify": "label", "numbers": "value"}
+    for suite, names in METRICS_OF.items():
+        known = {name for name, metric in METRICS.items() if metric.kind == kinds[suite]}
+        assert {*names} - {"regex"} == known, suite
+
+
 def test_the_evaluations_of_the_page_are_valid_recipes(tmp_path):
     page = (REPOSITORY / "docs" / "evaluation.md").read_text()
     base = "model: {name_or_path: here/model}\ndata: {train: [{path: a.jsonl}], eval: [{path: b.jsonl}]}\n"

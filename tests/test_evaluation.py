@@ -142,7 +142,7 @@ def test_a_run_can_begin_beside_its_bases_evaluation(recipe_file, qlora):
         (["--set", "evaluation.suites=[{suite: choice}]"], "`suite: choice` without `data`"),
         (
             ["--set", "evaluation.suites=[{suite: generate, metrics: [accuracy]}]"],
-            "'accuracy' is none for these answers",
+            "'accuracy' is no metric of these answers. Choose from exact_match",
         ),
         (["--set", "data.eval=[]"], "data.eval: no held-out data."),
     ],
@@ -265,3 +265,26 @@ def test_rows_without_a_prompt_are_told(recipe_file, qlora, tmp_path):
     )
     assert ended.code == 0
     assert "generate: 1 row without a prompt not asked" in ended.err
+
+
+def test_the_baseline_of_a_continued_adapter_is_that_adapter(recipe_file, qlora, tmp_path):
+    assert qlora("train", recipe_file).code == 0
+    values = yaml.safe_load(recipe_file.read_text())
+    values |= {"adapter": {"from": str(tmp_path / "run" / "adapter")}, "output_dir": str(tmp_path / "on")}
+    (tmp_path / "on.yaml").write_text(yaml.safe_dump(values))
+    assert qlora("train", tmp_path / "on.yaml").code == 0
+    before = json.loads(qlora("eval", tmp_path / "run", "--suite", "loss", "--json").out)["models"]["adapter"]
+    models = json.loads(qlora("eval", tmp_path / "on", "--baseline", "--suite", "loss", "--json").out)["models"]
+    assert list(models) == ["start", "adapter"]
+    assert models["start"] == before
+    assert models["adapter"] != before
+    again = json.loads(qlora("eval", tmp_path / "on", "--suite", "loss", "--json").out)["models"]
+    assert again == models, "what is known stands beside it"
+
+
+def test_a_suite_whose_file_is_not_there_is_told_before_training(recipe_file, qlora, tmp_path):
+    (tmp_path / "quiz.jsonl").unlink()
+    ended = qlora("train", recipe_file)
+    assert ended.code == 2
+    assert "quiz.jsonl" in ended.err
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()

@@ -65,7 +65,12 @@ def labelled(row: Row, where: str) -> Labelled:
     return Labelled(first, second[0] if second else None, label)
 
 
-FORMATS = Formats({"classification": Format(tuple((*texts, label) for texts in TEXTS for label in LABELS), labelled)})
+_WORDS = (
+    f"a text ({', '.join(one for one, *two in TEXTS if not two)}) or two "
+    f"({', '.join(' and '.join(names) for names in TEXTS if len(names) == 2)}), and a label ({', '.join(LABELS)})"
+)
+_SETS = tuple((*texts, label) for texts in TEXTS for label in LABELS)
+FORMATS = Formats({"classification": Format(_SETS, labelled, words=_WORDS)})
 
 
 def templated(texts: dict[str, str]) -> Labelled:

@@ -48,6 +48,7 @@ class Format:
     one_of:   the columns that it needs; several sets where a row may have either.
     read:     read(row, where), raising UserError at `where`: a Conversation or Plain, or what the task's encoder takes.
     optional: columns that are read where they are there.
+    words:    the columns in words, where there are many sets.
     auto:     whether the columns may choose it; False for a second reading of another format's columns.
     """
 
@@ -55,6 +56,7 @@ class Format:
     read: Callable[[Row, str], Any]
     optional: tuple[str, ...] = ()
     auto: bool = True
+    words: str = ""
 
     def explained(self, columns: frozenset[str]) -> int:
         """How many of these columns this format reads at the most; 0 where it needs others too."""
@@ -62,7 +64,7 @@ class Format:
         return max(whole) + len(columns.intersection(self.optional)) if whole else 0
 
     def __str__(self) -> str:
-        return " or ".join(", ".join(columns) for columns in self.one_of)
+        return self.words or " or ".join(", ".join(columns) for columns in self.one_of)
 
 
 class Formats(dict[str, Format]):
@@ -224,7 +226,7 @@ def choose_format(row: Row, where: str, formats: Formats = FORMATS) -> str:
     fit = fitting(row, formats)
     if not fit:
         known = "; ".join(f"{name}: {format}" for name, format in formats.items())
-        todo = f"give the source a template, or rename the columns to those of a format ({known})"
+        todo = f"give the source a template, or rename the columns to those of a format of this model.task ({known})"
         raise UserError(where, f"no format fits the columns {_columns(row)}", todo)
     if len(fit) > 1:
         what = f"the columns {_columns(row)} fit {' and '.join(fit)}"
@@ -242,7 +244,7 @@ def check_row(name: str, auto: bool, row: Row, where: str, formats: Formats = FO
         what = f"the columns {_columns(row)} fit {' and '.join(fit)}, the first row's fit {name}"
         raise UserError(where, what, "set the format of the source, or give all rows the same columns")
     if not format.explained(_found(row)):
-        missing = " or ".join(" and ".join(_missing(columns, row)) for columns in format.one_of)
+        missing = format.words or " or ".join(" and ".join(_missing(columns, row)) for columns in format.one_of)
         what = f"no column {missing} for the format {name} (null counts as none), found {_columns(row)}"
         todo = f"set format: {' or '.join(fit)}" if fit else "fill it in, or set data.on_bad_row: skip"
         raise UserError(where, what, todo)

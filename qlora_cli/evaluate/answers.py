@@ -17,7 +17,7 @@ Key = dict[str, str]
 
 
 def read_answers(path: Path, key: Key) -> tuple[dict[int, Answer], int]:
-    """The answers in the file by the number of their row, and the bytes of it that are whole.
+    """The answers in the file by the number of their row, and the bytes of it that are whole. key: what must be so.
 
     A last line that a kill tore is left out. Raises UserError where they are of another model or of other rows.
     """
@@ -33,7 +33,7 @@ def read_answers(path: Path, key: Key) -> tuple[dict[int, Answer], int]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(path, f"no answers of `qlora eval`: {error}", "move the file away") from error
     for name, what in (("model", "another model"), ("rows", "other rows or settings")):
-        if theirs.get(name) != key[name]:
+        if name in key and theirs.get(name) != key[name]:
             todo = "give the suite another name, or measure anew with --again, which replaces them"
             raise UserError(path, f"holds answers of {what}", todo, Exit.REFUSED)
     return answers, sum(map(len, whole))

@@ -52,6 +52,12 @@ def answered(
     return [answers[row] for row in range(suite.num_rows)]
 
 
+def refuse_other_rows(suite: Opened, folder: Path) -> None:
+    """Raises UserError, before a model is loaded, where answers of the suite on disk are of other rows or settings."""
+    for path in sorted(folder.glob(f"{suite.name}.*.jsonl")):
+        read_answers(path, {"rows": suite.digest})
+
+
 def known_answers(suite: Opened, subject: str, digest: str, folder: Path) -> Answers | None:
     """The answers of a model that were given before, where all of them are there and are of this very model."""
     try:

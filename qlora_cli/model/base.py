@@ -115,8 +115,8 @@ def find_base(recipe: Recipe) -> Found:
     stored = read_config(folder)
     refuse_storage_keys(recipe.quantization, stored, folder)
     refuse_start(recipe.adapter, stored, folder)
+    config = load_config(folder, recipe.model)  # first: what a task needs of a tokenizer is told of one that it fits
     tokenizer = load_tokenizer(folder, recipe.model)
-    config = load_config(folder, recipe.model)
     set_padding(config, tokenizer, recipe.model.task)
     check_start_token(config, recipe.model.task)
     return Found(folder, tokenizer, stop_token_ids(folder, tokenizer), config, recipe.model.task)

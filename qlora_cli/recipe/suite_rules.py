@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import re
 from collections.abc import Iterator
 
 from qlora_cli.recipe.located_yaml import KeyPath, show
@@ -101,6 +103,36 @@ def a_key_of_a_suite_is_read(recipe: Recipe) -> Iterator[Problem]:
                     yield Problem((*place, "data", number, name), what, "Delete it")
 
 
+METRICS_OF = {
+    "generate": (
+        *("exact_match", "squad_exact_match", "squad_f1", "gsm8k", "json_valid", "json_equal", "regex"),
+        *("rouge1", "rouge2", "rougeL", "rougeLsum", "bleu"),
+    ),
+    "classify": ("accuracy", "f1", "macro_f1", "matthews"),
+    "numbers": ("pearson", "spearman"),
+}
+"""Metrics by what they are of: generated texts, classes, numbers. evaluate/metrics.py computes them."""
+
+
+def a_metric_is_of_the_answers(recipe: Recipe) -> Iterator[Problem]:
+    """`metrics` of a suite are of its answers: texts, classes or numbers; `pattern` is a regular expression."""
+    for index, suite in enumerate(recipe.evaluation.suites):
+        place = ("evaluation", "suites", index)
+        kind = "numbers" if suite.suite == "classify" and recipe.model.num_labels == 1 else suite.suite
+        known = METRICS_OF.get(kind, ())
+        for at, name in enumerate(suite.metrics if known else ()):
+            if name not in (*known, "regex"):  # which another rule ties to `pattern`
+                near = difflib.get_close_matches(name, known, n=1)
+                todo = f"Perhaps {near[0]}? " if near else ""
+                what = f"{show(name)} is no metric of these answers"
+                yield Problem((*place, "metrics", at), what, f"{todo}Choose from {', '.join(known)}")
+        try:
+            re.compile(suite.pattern or "")
+        except re.error as error:
+            what = f"{show(suite.pattern)} is no regular expression: {error}"
+            yield Problem((*place, "pattern"), what, "Write it as Python's re does, in single quotes")
+
+
 def how_answers_are_given_is_of_a_suite(recipe: Recipe) -> Iterator[Problem]:
     """`evaluation.max_new_tokens`, `num_beams`, `length_penalty` and `no_repeat_ngram_size` are for `suite: generate`,
     `max_answer_length` for `suite: squad`: where suites are named, one is such. `length_penalty` is for beams."""
@@ -134,6 +166,7 @@ def what_is_run_in_training_exists(recipe: Recipe) -> Iterator[Problem]:
 SUITE_RULES = (
     a_suite_can_measure_the_task,
     a_key_of_a_suite_is_read,
+    a_metric_is_of_the_answers,
     how_answers_are_given_is_of_a_suite,
     what_is_run_in_training_exists,
 )

@@ -57,6 +57,9 @@ def measured_in_training(recipe: Recipe, held_out: Examples, suites: Sequence[Op
 
 def suites_in_training(recipe: Recipe, context: Context, held_out: Examples) -> list[Opened]:
     """The suites of evaluation.during_training. Raises UserError where best_metric is no figure of an evaluation."""
+    for suite in recipe.evaluation.suites:  # those that run later too: a file that is not there is told now
+        for source in suite.data:
+            resolve(source, "eval")
     names, metric = recipe.evaluation.during_training, recipe.evaluation.best_metric
     suites = open_suites(context, names) if names else []
     known = measured_in_training(recipe, held_out, suites)

@@ -191,7 +191,7 @@ def test_numbers_as_names_never_put_two_labels_into_one_class(tmp_path: Path, ro
         ({"text": "a [SEP] b", "label": 0}, "the text spells the special token '[SEP]'. Mend or remove the row."),
         ({"text": "a", "text_pair": "[PAD]", "label": 0}, "the text spells the special token '[PAD]'"),
         ({"text": "a"}, "no format fits the columns 'text'. Give the source a template, or rename the columns to"),
-        ({"body": "a", "label": 0}, "(classification: sentence, label or sentence, score or "),
+        ({"body": "a", "label": 0}, "(classification: a text (sentence, text) or two (sentence1 and sentence2"),
     ],
 )
 def test_what_is_no_labelled_text_is_refused(tmp_path: Path, row: dict[str, Any], words: str):

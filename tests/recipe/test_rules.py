@@ -337,6 +337,16 @@ BROKEN = [
         for name in ("max_new_tokens", "num_beams", "no_repeat_ngram_size")
     ),
     (
+        "evaluation: {suites: [{suite: generate, metrics: [rogue1]}]}",
+        "evaluation.suites[0].metrics[0]",
+        "'rogue1' is no metric of these answers",
+    ),
+    (
+        "evaluation: {suites: [{suite: generate, metrics: [regex], pattern: '(['}]}",
+        "evaluation.suites[0].pattern",
+        "'([' is no regular expression",
+    ),
+    (
         "evaluation: {length_penalty: 2.0}",
         "evaluation.length_penalty",
         "`length_penalty: 2.0` has no effect with `num_beams: 1`",
