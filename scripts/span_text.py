@@ -1,7 +1,8 @@
 """Stories of who put what where, and the questions that they answer: the text of pretrain_encoder.py and study_span.py.
 
-Pairs of a person and a kind of thing are either told or new: a story holds only pairs of one of the two, so that what
-is asked about new ones cannot have been learnt by heart.
+A story that is asked about tells one fact among sentences that tell none. The kind of the question decides the answer:
+a person, a thing or a place. Held-out stories hold words that finetuning never shows, whose kind is known from
+pretraining alone.
 """
 
 from __future__ import annotations
@@ -69,13 +70,6 @@ def vocabulary() -> list[str]:
     return sorted(set(re.findall("[a-z]+", re.sub(r"{\w*}", " ", " ".join([*lists, *asked])).lower())))
 
 
-def kinds_of_words() -> list[list[str]]:
-    """The vocabulary in groups of words that can stand for each other; the last holds all others."""
-    groups = [NAMES, COLOURS, THINGS, LOOKS, *SITES.values(), [*SITES], TIMES, ["a", "the"]]
-    groups = [sorted(word.lower() for word in group) for group in groups]
-    return [*groups, sorted(set(vocabulary()) - {word for group in groups for word in group})]
-
-
 class Fact(NamedTuple):
     """Who put what where: 'Anna', 'red ball', 'in the old kitchen'."""
 
@@ -88,18 +82,9 @@ class Fact(NamedTuple):
         return template.format(**self._asdict(), Place=self.place.capitalize())
 
 
-def is_new(name: str, thing: str) -> bool:
-    """Whether the pair is kept for held-out stories: one in five."""
-    return (NAMES.index(name) + 2 * THINGS.index(thing)) % 5 == 0
-
-
-def draw_facts(random: Random, number: int, new: bool) -> list[Fact]:
+def draw_facts(random: Random, number: int) -> list[Fact]:
     """Facts with a person, a kind of thing and a site each of their own; colours and looks are shared."""
-    kinds = random.sample(THINGS, number)
-    sites = random.sample(PLACES, number)
-    names: list[str] = []
-    for kind in kinds:
-        names.append(random.choice([name for name in NAMES if is_new(name, kind) == new and name not in names]))
+    names, kinds, sites = (random.sample(each, number) for each in (NAMES, THINGS, PLACES))
     things = [f"{random.choice(COLOURS)} {kind}" for kind in kinds]
     places = [site.format(random.choice(LOOKS)) for site in sites]
     return [Fact(*fact) for fact in zip(names, things, places, strict=True)]
@@ -115,7 +100,7 @@ def document(random: Random) -> tuple[str, str]:
 
     Of what the opening is about the story says "the", of all else "a", as one does of what is known and what is new.
     """
-    facts = draw_facts(random, random.randint(2, 5), new=False)
+    facts = draw_facts(random, random.randint(2, 5))
     known = random.randint(1, 2)
     opening = " ".join(fact.fill(random.choice(OPENINGS)) for fact in facts[:known])
     sentences = [fact.fill(random.choice(TOLD)) for fact in facts]
@@ -125,19 +110,27 @@ def document(random: Random) -> tuple[str, str]:
     return opening, " ".join(sentences)
 
 
+def asked_fact(random: Random, new: bool) -> Fact:
+    """A fact of every second person, thing and place: held-out stories hold those that finetuning never shows."""
+    half = slice(int(new), None, 2)
+    place = random.choice(PLACES[half]).format(random.choice(LOOKS))
+    return Fact(random.choice(NAMES[half]), f"{random.choice(COLOURS)} {random.choice(THINGS[half])}", place)
+
+
 def question_row(random: Random, index: int, new: bool) -> dict[str, Any]:
-    """A row as SQuAD has them: a story of 1 to 10 facts and some other sentences, and a question about one fact."""
-    facts = draw_facts(random, random.randint(1, 10), new)
-    told = [(fact, fact.fill(random.choice(TOLD))) for fact in facts]
-    sentences = [sentence for _, sentence in told] + [other(random) for _ in range(random.randint(0, 3))]
+    """A row as SQuAD has them: a story of one fact among up to 16 other sentences, and a question about the fact.
+
+    new: of the words that finetuning never shows, so that what kind they are of is known from pretraining alone.
+    """
+    fact = asked_fact(random, new)
+    sentence = fact.fill(random.choice(TOLD))
+    sentences = [sentence, *(other(random) for _ in range(random.randint(0, 16)))]
     random.shuffle(sentences)
-    fact, sentence = random.choice(told)
     kind = random.choice(list(ASKED))
     question, answer = map(fact.fill, ASKED[kind])
     context = " ".join(sentences)
     found = re.search(rf"\b{answer}\b", sentence, re.IGNORECASE)
     assert found is not None, "the sentence holds the answer"
     start = context.index(sentence) + found.start()
-    text = context[start : start + len(answer)]
-    answers = {"text": [text], "answer_start": [start]}
+    answers = {"text": [context[start : start + len(answer)]], "answer_start": [start]}
     return {"id": f"{kind}-{index}", "context": context, "question": question, "answers": answers}
