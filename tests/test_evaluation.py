@@ -288,3 +288,14 @@ def test_a_suite_whose_file_is_not_there_is_told_before_training(recipe_file, ql
     assert ended.code == 2
     assert "quiz.jsonl" in ended.err
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_plain_text_has_a_loss_alone_unless_answers_are_asked_for(recipe_file, qlora, tmp_path):
+    rows = rows_of(tmp_path / "plain.jsonl", [{"text": f"once upon a time {number}"} for number in range(4)])
+    settings = ["--set", f"data.eval=[{{path: {rows}}}]", "--set", "evaluation.suites=[]", "--set",
+                "evaluation.max_new_tokens=128"]  # fmt: skip
+    result = json.loads(qlora("eval", recipe_file, "--baseline", "--json", *settings).out)
+    assert [suite["name"] for suite in result["suites"]] == ["loss"]
+    ended = qlora("eval", recipe_file, "--baseline", "--suite", "generate", *settings)
+    assert ended.code == 2
+    assert "its rows are plain text: nothing is asked" in ended.err

@@ -53,9 +53,14 @@ def open_generate(suite: Suite, context: Context) -> Opened:
     )
 
 
+class NothingAsked(UserError):
+    """The rows are plain text."""
+
+
 def _no_prompts(suite: Suite) -> UserError:
     where = f"evaluation.suites: {name_of(suite)}"
-    return UserError(where, "its rows are plain text: nothing is asked", "use the suite `loss`, or rows with a prompt")
+    what = "its rows are plain text: nothing is asked"
+    return NothingAsked(where, what, "use the suite `loss`, or rows with a prompt")
 
 
 def chosen_metrics(suite: Suite, kind: str, default: Sequence[str]) -> dict[str, Metric]:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from qlora_cli.data.examples import Examples
 from qlora_cli.data.sources import Part, resolve
 from qlora_cli.errors import UserError
+from qlora_cli.evaluate.generate_suite import NothingAsked
 from qlora_cli.evaluate.loss import HeldOutLoss
 from qlora_cli.evaluate.suite import Context, Opened, name_of
 from qlora_cli.evaluate.suites import open_suite, suites_of
@@ -81,7 +82,12 @@ def open_suites(context: Context, names: Sequence[str] = ()) -> list[Opened]:
         refuse_parts(context.trained, measured, _where(suite))
     opened = []
     for suite in suites:
-        opened.append(open_suite(suite, context))
+        try:
+            opened.append(open_suite(suite, context))
+        except NothingAsked:
+            if names or context.recipe.evaluation.suites:
+                raise
+            continue  # nobody asked for it: of plain text the loss is all there is
         refuse_parts(context.trained, opened[-1].measured, _where(suite))
     return opened
 

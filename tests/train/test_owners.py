@@ -38,7 +38,7 @@ def test_an_adapter_of_a_base_that_has_been_renamed_is_refused_on_others(continu
     assert error.value.code == Exit.REFUSED
     moved = recipe.model.model_copy(update={"name_or_path": str(tmp_path / "renamed")})
     before = evaluate(bench.recipe(INT2, bench.whole().folder), run.adapter)
-    assert evaluate(recipe.model_copy(update={"model": moved})) == before
+    assert [*evaluate(recipe.model_copy(update={"model": moved})).values()] == [*before.values()]
 
 
 def test_an_adapter_of_a_plain_base_is_refused_on_one_that_a_start_changed(bench, tmp_path):
