@@ -40,7 +40,7 @@ def steps_from(recipe: Recipe, accelerator: Any, start: int, place: Any) -> tupl
     """The rows of each step behind `start`, sorted, and the place behind each."""
     found = find_base(recipe)
     feed = open_feed(recipe, found, QuietReport(), date(2026, 1, 1), global_batch(recipe, accelerator))
-    base = SimpleNamespace(device=torch.device("cpu"), config=found.config)
+    base = SimpleNamespace(device=torch.device("cpu"), config=found.config, task=found.task)
     session: Any = SimpleNamespace(accelerator=accelerator, base=base, recipe=recipe, feed=feed, packed=False)
     steps, places = [], []
     for window, behind in feed.windows(STEPS, start, place):
