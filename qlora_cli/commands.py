@@ -24,6 +24,7 @@ from qlora_cli.model.prequantized import method_of, refuse_merge
 from qlora_cli.model.source import read_config
 from qlora_cli.model.start import changes_base
 from qlora_cli.model.stored_base import Making
+from qlora_cli.model.whole_folder import replace_text
 from qlora_cli.plan.inspect import inspect
 from qlora_cli.plan.preview import PAGE_ROWS, bad_rows, preview
 from qlora_cli.recipe import Recipe
@@ -33,7 +34,7 @@ from qlora_cli.train import loop
 from qlora_cli.train.base import calibration_rows, quantize_base, recipe_of_base
 from qlora_cli.train.reading import encode_role
 from qlora_cli.train.report import Report
-from qlora_cli.train.run import Run, check_resume, claim, date_of, locked, read_facts, replace_text
+from qlora_cli.train.run import Run, check_resume, claim, date_of, locked, read_facts
 from qlora_cli.train.signals import Interrupted
 
 __all__ = [

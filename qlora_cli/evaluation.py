@@ -77,15 +77,7 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
     if wanted.merged is not None:
         recipe_of_merged(recipe, wanted.merged)
         refuse_other_merged(wanted.merged, adapter, found)
-    held_out = (
-        held_out_rows(recipe, found, report, run, adapter) if need_held_out(recipe, wanted.suites) else Examples()
-    )
-    trained = (read_facts(run_of(adapter) or run) or {}).get("data", {}).get("parts", [])
-    reading = Reading(report, date_of(run), [*map(part_from_json, trained)])
-    context = context_of(recipe, found, reading, held_out, wanted.limit)
-    suites = open_suites(context, wanted.suites)
-    for line in (line for suite in suites for line in suite.told):
-        report.say(f"eval     {line}")
+    suites = suites_of_run(recipe, found, report, wanted, adapter)
     folder = run.evaluations if wanted.limit is None else run.evaluations / f"first-{wanted.limit}"
     folder.mkdir(parents=True, exist_ok=True)
     answers: dict[str, dict[str, Answers]] = {suite.name: {} for suite in suites}
@@ -123,6 +115,20 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
         merged = load_base(recipe_of_merged(recipe, wanted.merged), default_device())
         measure(Subject("merged", merged, merged.model, f"{fingerprint(merged.model)} {reads_as(merged)}"))
     return told(recipe, suites, answers, folder)
+
+
+def suites_of_run(recipe: Recipe, found: Found, report: Report, wanted: Wanted, adapter: Path) -> list[Opened]:
+    """The suites that are asked for, with their rows read, none of them trained on."""
+    run = Run(Path(recipe.output_dir))
+    held_out = Examples()
+    if need_held_out(recipe, wanted.suites):
+        held_out = held_out_rows(recipe, found, report, run, adapter)
+    trained = (read_facts(run_of(adapter) or run) or {}).get("data", {}).get("parts", [])
+    reading = Reading(report, date_of(run), [*map(part_from_json, trained)])
+    suites = open_suites(context_of(recipe, found, reading, held_out, wanted.limit), wanted.suites)
+    for line in (line for suite in suites for line in suite.told):
+        report.say(f"eval     {line}")
+    return suites
 
 
 def refuse_other_labels(recipe: Recipe, run: Run) -> None:

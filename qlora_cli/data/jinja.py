@@ -39,10 +39,19 @@ def compile_template(text: str, today: date) -> jinja2.Template:
 
 
 def compile_row_template(text: str) -> Callable[..., str]:
-    """A template of a data source over the columns of a row; a column that is not there is an error."""
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    """A template of a data source over the columns of a row; a column that is not there, or is null, is an error."""
+    environment = ImmutableSandboxedEnvironment(
+        undefined=jinja2.StrictUndefined, keep_trailing_newline=True, finalize=_no_null
+    )
     environment.filters["tojson"] = _row_tojson
     return environment.from_string(text).render
+
+
+def _no_null(value: Any) -> Any:
+    """The value of an expression. Raises TemplateError for a null, which Jinja would write as "None"."""
+    if value is None:
+        raise jinja2.TemplateError("a value is null; write {{ column or '' }} where it may be")
+    return value
 
 
 class _Generation(Extension):

@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.evaluate.suite import Answer
@@ -60,10 +60,3 @@ def appended(path: Path, key: Key, whole_bytes: int) -> Iterator[IO[str]]:
 def line_of(row: int, answer: Answer) -> str:
     """The line of an answer."""
     return json.dumps({"row": row, **answer}, allow_nan=False) + "\n"
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Writes the figures of a suite, whole or not at all."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(json.dumps(result, indent=1) + "\n")
-    aside.replace(path)

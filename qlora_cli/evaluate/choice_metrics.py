@@ -33,14 +33,6 @@ def metrics_of(rows: Sequence[ChoiceRow]) -> dict[str, ChoiceMetric]:
     return chosen | GROUPS if len({row.group for row in rows}) > 1 else chosen
 
 
-def by_group(rows: Sequence[ChoiceRow]) -> dict[str, list[int]]:
-    """The indices of the rows of each group, by its name."""
-    groups: dict[str, list[int]] = {row.group: [] for row in sorted(rows, key=lambda row: row.group)}
-    for index, row in enumerate(rows):
-        groups[row.group].append(index)
-    return groups
-
-
 def num_cut(scores: Scores) -> int:
     """Rows whose context was too long for the model, so that tokens were left out in front."""
     return sum(any(score.num_cut for score in row) for row in scores)

@@ -36,7 +36,7 @@ def open_generate(suite: Suite, context: Context) -> Opened:
         raise no_rows(suite) if not examples.rows else _no_prompts(suite)
     evaluation = context.recipe.evaluation
     decoding = Decoding(*(getattr(evaluation, name) for name in Decoding._fields))
-    metrics = chosen_metrics(suite, "text", ("exact_match",))
+    metrics = chosen_metrics(suite, ("exact_match",))
     texts = [[reference_text(context.found.tokenizer, row) for row in rows] for rows in questions]
     for name, metric in metrics.items():
         few = texts[:1] if name.startswith(("rouge", "bleu")) else texts  # these are slow, and read any text
@@ -63,20 +63,10 @@ def _no_prompts(suite: Suite) -> UserError:
     return NothingAsked(where, what, "use the suite `loss`, or rows with a prompt")
 
 
-def chosen_metrics(suite: Suite, kind: str, default: Sequence[str]) -> dict[str, Metric]:
-    """The metrics that the suite names. Raises UserError for one that is unknown or of another kind."""
-    where = f"evaluation.suites: {name_of(suite)}: metrics"
-    chosen: dict[str, Metric] = {}
-    for name in suite.metrics or default:
-        if name == "regex":
-            assert suite.pattern is not None, "a rule asks for it"
-            chosen[name] = regex_metric(suite.pattern)
-            continue
-        if name not in METRICS or METRICS[name].kind != kind:
-            known = ", ".join(known for known, metric in METRICS.items() if metric.kind == kind)
-            raise UserError(where, f"{name!r} is none for these answers", f"choose from {known}")
-        chosen[name] = METRICS[name]
-    return chosen
+def chosen_metrics(suite: Suite, default: Sequence[str]) -> dict[str, Metric]:
+    """The metrics that the suite names; recipe/suite_rules.py has refused those that are not of its answers."""
+    names = suite.metrics or default
+    return {name: regex_metric(suite.pattern or "") if name == "regex" else METRICS[name] for name in names}
 
 
 def _generate(
@@ -106,11 +96,7 @@ def open_classify(suite: Suite, context: Context) -> Opened:
     if not rows:
         raise no_rows(suite)
     numbers = context.recipe.model.num_labels == 1
-    kind, default = ("value", ("pearson", "spearman")) if numbers else ("label", ("accuracy",))
-    metrics = chosen_metrics(suite, kind, default)
-    if "f1" in metrics and context.found.config.num_labels != 2:
-        where = f"evaluation.suites: {name_of(suite)}: metrics"
-        raise UserError(where, f"f1 is of two classes, not {context.found.config.num_labels}", "use macro_f1")
+    metrics = chosen_metrics(suite, ("pearson", "spearman") if numbers else ("accuracy",))
     return Opened(
         name_of(suite),
         suite.suite,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import UserError
-from qlora_cli.evaluate.answers import Key, appended, line_of, read_answers, write_result
+from qlora_cli.evaluate.answers import Key, appended, line_of, read_answers
 from qlora_cli.evaluate.bootstrap import interval, paired_difference
 from qlora_cli.evaluate.suite import Answer, Measure, Opened
 from qlora_cli.model.base import Base
+from qlora_cli.model.whole_folder import replace_text
 
 Answers = list[Answer]
 
@@ -106,8 +108,8 @@ def result_of(suite: Opened, found: Mapping[str, Answers], resamples: int) -> di
 
 
 def store_result(suite: Opened, result: dict[str, Any], folder: Path) -> None:
-    """Writes NAME.json."""
-    write_result(folder / f"{suite.name}.json", result)
+    """Writes NAME.json, which is at every moment the old one or the new one."""
+    replace_text(folder / f"{suite.name}.json", json.dumps(result, indent=1) + "\n")
 
 
 def _estimate(measure: Measure, answers: Answers, resamples: int) -> dict[str, float | None]:

@@ -98,6 +98,13 @@ def _publish(folder: Path, write: Callable[[Path], object], name: Callable[[File
         shutil.rmtree(aside, ignore_errors=True)  # of a failed write, which may have filled the disk
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file that is at every moment either the old one or the new one."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text)
+    aside.replace(path)
+
+
 def sync(path: Path) -> None:
     """Forces a file's or a folder's content to the disk."""
     descriptor = os.open(path, os.O_RDONLY)

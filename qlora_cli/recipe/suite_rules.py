@@ -126,6 +126,10 @@ def a_metric_is_of_the_answers(recipe: Recipe) -> Iterator[Problem]:
                 todo = f"Perhaps {near[0]}? " if near else ""
                 what = f"{show(name)} is no metric of these answers"
                 yield Problem((*place, "metrics", at), what, f"{todo}Choose from {', '.join(known)}")
+        num_labels = len(recipe.model.labels) or recipe.model.num_labels
+        if suite.suite == "classify" and "f1" in suite.metrics and num_labels not in (1, 2):
+            what = f"`f1` is of two classes, not {num_labels}"
+            yield Problem((*place, "metrics", suite.metrics.index("f1")), what, "Use macro_f1")
         try:
             re.compile(suite.pattern or "")
         except re.error as error:

@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from qlora_cli.errors import Exit, UserError
+from qlora_cli.model.whole_folder import replace_text
 from qlora_cli.recipe import Recipe, dump_recipe
 from qlora_cli.train.checkpoint import checkpoints
 
@@ -197,13 +198,6 @@ def write_facts(run: Run, facts: dict[str, Any]) -> None:
                     "bring the old one back, or choose another output_dir",
                 )
     replace_text(run.facts, json.dumps(facts, indent=1))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file that is at every moment either the old one or the new one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text)
-    aside.replace(path)
 
 
 def metrics_until(run: Run, step: int) -> None:

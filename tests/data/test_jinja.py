@@ -154,3 +154,9 @@ def test_a_rows_template_knows_its_columns_alone() -> None:
 def test_chatml_needs_nothing_of_transformers() -> None:
     text = compile_template(CHATML, TODAY).render(messages=[user("a")], add_generation_prompt=True)
     assert text == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_null_column_is_no_text_in_a_row_template():
+    with pytest.raises(jinja2.TemplateError, match="a value is null"):
+        compile_row_template("{{ title }}: {{ body }}")({"title": "a", "body": None})
+    assert compile_row_template("{{ title }}: {{ body or '' }}")({"title": "a", "body": None}) == "a: "

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.evaluate.answers import appended, line_of, read_answers, write_result
+from qlora_cli.evaluate.answers import appended, line_of, read_answers
 
 KEY = {"rows": "r", "model": "m"}
 
@@ -79,10 +77,3 @@ def test_two_processes_do_not_write_to_one_file(tmp_path):
     ):
         pass
     assert error.value.code == Exit.IN_USE
-
-
-def test_a_result_replaces_the_one_before(tmp_path):
-    for value in (1, 2):
-        write_result(tmp_path / "a.json", {"value": value})
-    assert json.loads((tmp_path / "a.json").read_text()) == {"value": 2}
-    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]

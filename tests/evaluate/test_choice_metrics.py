@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from qlora_cli.evaluate.choice import ChoiceScore
-from qlora_cli.evaluate.choice_metrics import CHOICES, CONTINUATIONS, GROUPS, by_group, metrics_of, num_cut
+from qlora_cli.evaluate.choice_metrics import CHOICES, CONTINUATIONS, GROUPS, metrics_of, num_cut
 from qlora_cli.evaluate.choice_rows import ChoiceRow
 
 
@@ -45,7 +45,6 @@ def test_groups_weigh_the_same_whatever_their_size() -> None:
     added = metric.rows([right, wrong, right, wrong], rows)
     assert metric.figure(added) == pytest.approx((2 / 3 + 0) / 2)
     assert metric.figure(added[[0, 2]]) == 1.0  # a sample without art
-    assert by_group(rows) == {"art": [1], "law": [0, 2, 3]}
 
 
 def test_every_figure_is_the_same_in_any_order_and_takes_any_sample() -> None:

@@ -109,21 +109,6 @@ def test_a_pattern_is_a_metric(tiny_model: Path, tmp_path: Path) -> None:
         opened(recipe, suite="generate", data=[source], metrics=["regex"], pattern="(")
 
 
-@pytest.mark.parametrize("name", ["accuracy", "exactmatch"])
-def test_a_metric_that_is_none_of_these_names_those_that_are(name: str, tiny_model: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=f"suites: mine: metrics: '{name}' is none .* Choose from exact_match, "
-    ) as error:
-        opened(
-            asking(tiny_model),
-            suite="generate",
-            name="mine",
-            metrics=[name],
-            data=[write(tmp_path / "r.jsonl", pairs(1))],
-        )
-    assert "spearman" not in error.value.todo
-
-
 def test_texts_ask_nothing(tiny_model: Path, tmp_path: Path) -> None:
     recipe = asking(tiny_model)
     with pytest.raises(UserError, match=r"suites: generate: its rows are plain text: nothing is asked\. Use the suite"):
@@ -194,8 +179,6 @@ def test_numbers_have_correlations(architecture: Callable[[str], Path], tmp_path
     assert set(figures(suite, answers)) == {"pearson", "spearman"}
     exact = [{**answer, "prediction": 2 * answer["label"] + 1} for answer in answers]
     assert figures(suite, exact) == pytest.approx({"pearson": 1.0, "spearman": 1.0})
-    with pytest.raises(UserError, match=r"'accuracy' is none for these answers\. Choose from pearson, spearman"):
-        opened(recipe, suite="classify", data=[source], metrics=["accuracy"])
 
 
 def test_other_labels_are_other_rows(architecture: Callable[[str], Path], tmp_path: Path) -> None:

@@ -347,6 +347,12 @@ BROKEN = [
         "'([' is no regular expression",
     ),
     (
+        "model: {task: sequence_classification, num_labels: 3}\n"
+        "evaluation: {suites: [{suite: classify, metrics: [accuracy, f1]}]}",
+        "evaluation.suites[0].metrics[1]",
+        "`f1` is of two classes, not 3",
+    ),
+    (
         "evaluation: {length_penalty: 2.0}",
         "evaluation.length_penalty",
         "`length_penalty: 2.0` has no effect with `num_beams: 1`",
