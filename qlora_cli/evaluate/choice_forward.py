@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import log_softmax
 
 from qlora_cli.evaluate.choice_tokens import Encoded
 from qlora_cli.evaluate.choice_tree import Candidate, Tree, grow, tree_mask
+from qlora_cli.kernels.output_layer import head_at
 from qlora_cli.kernels.packed_attention import unwrapped
 from qlora_cli.model.base import Base
 
@@ -91,7 +91,7 @@ def _logits(base: Base, model: Any, trees: Sequence[Tree], kept: Tensor) -> Tens
         arguments = {"attention_mask": mask, "position_ids": positions}
     else:
         arguments = {"attention_mask": _padded([np.ones_like(tree.tokens) for tree in trees], base.device)}
-    with base.compute(), _head_at(model, kept.to(base.device)) as selected:
+    with base.compute(), head_at(unwrapped(model), kept.to(base.device)) as selected:
         logits = model(input_ids=input_ids, use_cache=False, **arguments).logits
     return logits[0] if selected else logits.flatten(0, 1)[kept.to(base.device)]
 
@@ -102,28 +102,6 @@ def _padded(rows: Sequence[Any], device: torch.device) -> Tensor:
     for row, values in enumerate(rows):
         padded[row, : len(values)] = values
     return torch.from_numpy(padded).to(device, non_blocking=True)
-
-
-@contextmanager
-def _head_at(model: Any, kept: Tensor) -> Iterator[list[bool]]:
-    """Inside the block the model's head reads the hidden states at `kept` alone, counted through the rows of a batch.
-
-    The list is filled where it did. `logits_to_keep` would compute the same positions of every row.
-    """
-    selected: list[bool] = []
-
-    def select(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *rest = inputs
-        selected.append(True)
-        return (hidden.flatten(0, 1)[kept].unsqueeze(0), *rest)
-
-    head = unwrapped(model).get_output_embeddings()
-    handle = head.register_forward_pre_hook(select) if head is not None else None
-    try:
-        yield selected
-    finally:
-        if handle is not None:
-            handle.remove()
 
 
 # ── whether the model can read trees ─────────────────────────────────────────────────────────────────────────────────

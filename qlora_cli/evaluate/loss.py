@@ -12,7 +12,7 @@ import torch
 from qlora_cli.data.encode import Example
 from qlora_cli.data.examples import lengths_of
 from qlora_cli.model.base import Base
-from qlora_cli.tasks.table import TASKS, collated, loss_sum, rows_of_batches
+from qlora_cli.tasks.table import collated, rows_of_batches, target_losses
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,13 @@ def held_out_loss(
         for rows in rows_of_batches(lengths, batch_size, max(lengths), packed, base):
             batch = collated([examples[row] for row in rows], packed, base)
             with base.compute():
-                logits, targets = TASKS[base.task].outputs(model, batch)
-            loss += loss_sum(logits, targets)
-            correct += (logits.argmax(dim=-1) == targets).sum()
-            num_targets += targets.numel()
-            numbers = targets.is_floating_point()
+                losses, likeliest = target_losses(base, model, batch)
+            loss += losses.sum(dtype=torch.float64)
+            num_targets += losses.numel()
+            if likeliest is None:
+                numbers = True
+            else:
+                correct += likeliest.sum()
     finally:
         model.train(training)
     accuracy = None if numbers else correct.item() / num_targets

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, mse_loss
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
 from qlora_cli.data.sources import SourceMark, read_parts, resolve
@@ -20,9 +19,9 @@ from qlora_cli.evaluate.suite import Answer, Context, Measure, Opened, columns, 
 from qlora_cli.evaluate.text_windows import TextWindow, text_windows
 from qlora_cli.model.base import Base
 from qlora_cli.recipe.schema import Source, Suite
-from qlora_cli.tasks.causal_lm import Batch
+from qlora_cli.tasks.causal_lm import Batch, predictions
 from qlora_cli.tasks.padding import mask_of, padded
-from qlora_cli.tasks.table import TASKS, AnyBatch, rows_of_batches
+from qlora_cli.tasks.table import TASKS, AnyBatch, rows_of_batches, target_losses
 
 TEXT = ("causal_lm", "seq2seq_lm")
 
@@ -116,21 +115,16 @@ def _answer_rows(
 def _sums(base: Base, model: Any, batch: AnyBatch, examples: Sequence[Example]) -> list[dict[str, float]]:
     """Loss, right predictions and targets of each row of the batch."""
     with base.compute():
-        logits, targets = TASKS[base.task].outputs(model, batch)
-    losses, correct = per_target(logits, targets)
+        losses, correct = _doubles(*target_losses(base, model, batch))
     counts = [example.num_trained for example in examples]
     if base.task == "question_answering":  # all first tokens, then all last ones
         losses, correct = (one.view(2, -1).T.flatten() for one in (losses, correct))
     return _summed(losses, correct, counts, [example.where for example in examples])
 
 
-def per_target(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """The loss of each target, float64 (N,), and whether it is the likeliest, float64 (N,)."""
-    if targets.is_floating_point():
-        errors = mse_loss(logits.float().squeeze(1), targets.float(), reduction="none")
-        return errors.double(), torch.zeros_like(errors, dtype=torch.float64)
-    losses = cross_entropy(logits.float(), targets, reduction="none")
-    return losses.double(), (logits.argmax(dim=-1) == targets).double()
+def _doubles(losses: Tensor, likeliest: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Losses and right predictions, none of which there are of numbers, (N,) float64."""
+    return losses.double(), torch.zeros_like(losses) if likeliest is None else likeliest.double()
 
 
 def _summed(losses: Tensor, correct: Tensor, counts: Sequence[int], where: Sequence[str]) -> list[dict[str, float]]:
@@ -154,9 +148,8 @@ def _window_sums(base: Base, model: Any, windows: Sequence[TextWindow]) -> list[
     """The same of windows, whose last token is predicted and not read."""
     labels = padded([[IGNORE_INDEX] * w.num_context + w.ids[w.num_context :] for w in windows], IGNORE_INDEX)
     inputs = [window.ids[:-1] for window in windows]
-    kept = (labels[:, 1:] != IGNORE_INDEX).any(dim=0).nonzero().squeeze(1)
-    batch = Batch(padded(inputs, 0), mask_of([*map(len, inputs)]), labels, kept)
+    batch = Batch(padded(inputs, 0), mask_of([*map(len, inputs)]), *predictions(labels[:, 1:]))
     with base.compute():
-        logits, targets = TASKS["causal_lm"].outputs(model, Batch(*(tensor.to(base.device) for tensor in batch)))
+        found = target_losses(base, model, Batch(*(tensor.to(base.device) for tensor in batch)))
     counts = [len(window.ids) - window.num_context for window in windows]
-    return _summed(*per_target(logits, targets), counts, [window.where for window in windows])
+    return _summed(*_doubles(*found), counts, [window.where for window in windows])

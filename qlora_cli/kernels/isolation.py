@@ -56,7 +56,7 @@ def check_isolation(model: Any, device: torch.device, vocab_size: int, longest: 
     """
     if unwrapped(model).config._attn_implementation == NAME and not supports(model):
         raise NotIsolated(f"{type(unwrapped(model)).__name__} computes attention in a way of its own, not by {NAME}")
-    with _evaluating(model):
+    with evaluating(model):
         _check(model, device, vocab_size)
         windows = _windows(model)
         if any(longest is None or longest > window for _, window in windows):
@@ -111,7 +111,7 @@ def _narrowed(windows: Sequence[tuple[Any, int]]) -> Iterator[None]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Without dropout and gradients inside the block; every module's own mode comes back."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

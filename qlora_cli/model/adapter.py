@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections import Counter
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +15,7 @@ from torch import nn
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.base import Base
+from qlora_cli.model.fused import fuse_adapter
 from qlora_cli.model.heads import TASKS
 from qlora_cli.model.owner import Owner, refuse_other_base
 from qlora_cli.model.source import read_json
@@ -21,6 +25,15 @@ from qlora_cli.quant.linear4bit import reads_plainly
 from qlora_cli.recipe.schema import Adapter
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """What an adapter folder holds. tensors: by PEFT's names. config: PEFT's, as others are to read it."""
+
+    tensors: dict[str, torch.Tensor]
+    config: Any
+    owner: Owner
 
 
 def attach_adapter(base: Base, adapter: Adapter) -> Any:
@@ -49,7 +62,7 @@ def attach_adapter(base: Base, adapter: Adapter) -> Any:
     check_config(base.model, config)
     model = peft.get_peft_model(base.model, config)
     check_patterns(model, adapter)
-    return in_fp32(model)
+    return fuse_adapter(in_fp32(model))
 
 
 def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
@@ -84,7 +97,7 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
         in_fp32(model)
     # again, now into fp32: PEFT had loaded modules_to_save into copies in the base's dtype
     peft.set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
-    return model
+    return fuse_adapter(model)
 
 
 def adapter_tensor_names(folder: Path) -> set[str]:
@@ -109,26 +122,34 @@ def adapter_tensor_names(folder: Path) -> set[str]:
 
 def save_adapter(model: Any, folder: Path, owner: Owner) -> None:
     """Writes the adapter as a plain PEFT folder, and which base it belongs to."""
-    import peft
-    from safetensors.torch import save_file
+    write_adapter(adapter_state(model, owner), folder)
 
-    folder.mkdir(parents=True, exist_ok=True)
-    tensors = peft.get_peft_model_state_dict(model, save_embedding_layers=False)
-    save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, folder / WEIGHTS, {"format": "pt"})
-    owner.write(folder)
-    config = model.peft_config["default"]
-    changed = ("base_model_name_or_path", "inference_mode", "target_modules", "modules_to_save")
-    before = {name: getattr(config, name) for name in changed}
+
+def adapter_state(model: Any, owner: Owner) -> AdapterState:
+    """The adapter as its folder holds it; the tensors are the model's own."""
+    import peft
+
+    # not model.state_dict(), which packs every quantised weight's scales and asks the device for each
+    known = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+    tensors = peft.get_peft_model_state_dict(model, state_dict=known, save_embedding_layers=False)
+    config = copy.copy(model.peft_config["default"])
     config.base_model_name_or_path, config.inference_mode = owner.name, True
     if config.modules_to_save:  # to which PEFT adds its own names of heads at every load
         config.modules_to_save = saved_in_full(model)
     if isinstance(config.target_modules, set):  # whose order is another one in every process
         config.target_modules = sorted(config.target_modules)
-    try:
-        config.save_pretrained(str(folder))
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
+    return AdapterState({name: tensor.detach() for name, tensor in tensors.items()}, config, owner)
+
+
+def write_adapter(adapter: AdapterState, folder: Path) -> None:
+    """Writes a plain PEFT folder."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors.items()}
+    save_file(tensors, folder / WEIGHTS, {"format": "pt"})
+    adapter.owner.write(folder)
+    adapter.config.save_pretrained(str(folder))
 
 
 def saved_in_full(model: Any) -> list[str]:

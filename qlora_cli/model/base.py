@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,9 @@ import torch
 from torch import nn
 
 from qlora_cli.errors import Exit, UserError
+from qlora_cli.kernels.isolation import evaluating
+from qlora_cli.kernels.linear_cross_entropy import Tail
+from qlora_cli.kernels.output_layer import find_tail
 from qlora_cli.model.checks import check_complete, check_share_quantized, check_skipped, check_start_token
 from qlora_cli.model.heads import NO_HEAD, Head, auto_class, find_head, for_task, needs_packed, set_padding, start_head
 from qlora_cli.model.prequantized import merge_note, method_of, refuse_damaged, refuse_start, refuse_storage_keys
@@ -82,6 +86,22 @@ class Base(Found):
     @property
     def device(self) -> torch.device:
         return self.model.device
+
+    @cached_property
+    def tail(self) -> Tail | None:
+        """What the model does to its head's logits, proven by a forward pass over one token; None where it is unknown.
+
+        Where it is known, losses are computed from hidden states, and logits of all tokens never exist.
+        """
+        ids = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+        inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if self.task == "seq2seq_lm" else {})
+
+        def run() -> torch.Tensor:
+            with evaluating(self.model), self.compute():
+                logits: torch.Tensor = self.model(**inputs, use_cache=False).logits
+            return logits
+
+        return find_tail(self.model, run)
 
     def compute(self) -> AbstractContextManager[Any]:
         """The context of every forward pass: fp32 adapters are multiplied in compute_dtype."""

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
 
 from qlora_cli.data.encode import Example
 from qlora_cli.data.packing import fill
+from qlora_cli.kernels.linear_cross_entropy import linear_cross_entropy, token_losses
+from qlora_cli.kernels.packed_attention import unwrapped
 from qlora_cli.model.base import Base
 from qlora_cli.model.rope import rope_boundaries
 from qlora_cli.tasks import causal_lm, question_answering, seq2seq_lm, sequence_classification
@@ -32,18 +35,50 @@ class Task:
     """collate: examples as one padded batch on the base's device.
 
     outputs: (model, batch) to logits (N, V) and the N targets; (N, 1) and float targets for numbers.
+    hidden: (model, batch) to what the model's head makes these logits of, (N, d), and the N targets, where the logits
+    are of a vocabulary and too many to be made at once.
     """
 
     collate: Callable[[Sequence[Example], Base], Any]
     outputs: Callable[[Any, Any], tuple[Tensor, Tensor]]
+    hidden: Callable[[Any, Any], tuple[Tensor, Tensor]] | None = None
 
 
 TASKS: dict[str, Task] = {
-    "causal_lm": Task(lambda examples, base: causal_lm.collate(examples, base.device), causal_lm.trained_logits),
-    "seq2seq_lm": Task(seq2seq_lm.collate, seq2seq_lm.outputs),
+    "causal_lm": Task(
+        lambda examples, base: causal_lm.collate(examples, base.device),
+        causal_lm.trained_logits,
+        causal_lm.trained_hidden,
+    ),
+    "seq2seq_lm": Task(seq2seq_lm.collate, seq2seq_lm.outputs, seq2seq_lm.hidden),
     "sequence_classification": Task(sequence_classification.collate, sequence_classification.outputs),
     "question_answering": Task(question_answering.collate, question_answering.outputs),
 }
+
+
+def mean_loss(base: Base, model: Any, batch: AnyBatch, num_targets: int) -> Tensor:
+    """The batch's part of a mean over num_targets targets, its own among them: with gradients, () float32."""
+    task = TASKS[base.task]
+    if task.hidden is None or base.tail is None:
+        return loss_sum(*task.outputs(model, batch)) / num_targets
+    hidden, targets = task.hidden(model, batch)
+    head = unwrapped(model).get_output_embeddings()
+    return linear_cross_entropy(hidden, targets, head, base.tail, 1 / num_targets)
+
+
+@torch.no_grad()
+def target_losses(base: Base, model: Any, batch: AnyBatch) -> tuple[Tensor, Tensor | None]:
+    """The loss of each of the batch's N targets, (N,) float32, and whether it is the likeliest, (N,) bool.
+
+    Of numbers, whose loss is the squared error, there is no likeliest.
+    """
+    task = TASKS[base.task]
+    if task.hidden is not None and base.tail is not None:
+        return token_losses(*task.hidden(model, batch), unwrapped(model).get_output_embeddings(), base.tail)
+    logits, targets = task.outputs(model, batch)
+    if targets.is_floating_point():
+        return mse_loss(logits.float().squeeze(1), targets.float(), reduction="none"), None
+    return cross_entropy(logits.float(), targets, reduction="none"), logits.argmax(dim=-1) == targets
 
 
 def loss_sum(logits: Tensor, targets: Tensor) -> Tensor:

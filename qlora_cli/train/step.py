@@ -12,7 +12,8 @@ from torch import Tensor
 
 from qlora_cli.errors import Exit
 from qlora_cli.model.base import Base
-from qlora_cli.tasks.table import TASKS, AnyBatch, loss_sum
+from qlora_cli.model.fused import cast_once
+from qlora_cli.tasks.table import AnyBatch, mean_loss
 
 STOPS = (Exit.SIGTERM, Exit.SIGINT)
 """Exit codes of the signals that end a run after the step in hand."""
@@ -47,12 +48,12 @@ def accumulate(base: Base, model: Any, batches: Iterable[AnyBatch], num_tokens: 
     Returns a () float32 tensor on the device.
     """
     total = torch.zeros((), device=base.device)
-    for batch in batches:
-        with base.compute():
-            logits, targets = TASKS[base.task].outputs(model, batch)
-        loss = loss_sum(logits, targets) / num_tokens
-        loss.backward()
-        total += loss.detach()
+    with cast_once(model):
+        for batch in batches:
+            with base.compute():
+                loss = mean_loss(base, model, batch, num_tokens)
+            loss.backward()
+            total += loss.detach()
     return total
 
 
