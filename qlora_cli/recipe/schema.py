@@ -248,7 +248,8 @@ class Training(Section):
         None, "steps with a rising learning rate; wins over warmup_ratio", unit="optimizer steps", ge=0
     )
     optimizer: Literal["paged_adamw_8bit", "paged_adamw_32bit", "adamw_8bit", "adamw"] = key(
-        "paged_adamw_8bit", "paged and 8-bit ones are bitsandbytes', adamw is torch's fused AdamW"
+        "paged_adamw_8bit",
+        "paged and 8-bit ones are bitsandbytes', adamw is torch's fused AdamW, and on a CPU the paged ones are too",
     )
     adam_beta1: Real = key(0.9, "decay of the mean of the gradients", ge=0, lt=1)
     adam_beta2: Real = key(0.999, "decay of the mean of their squares", ge=0, lt=1)

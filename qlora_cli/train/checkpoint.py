@@ -8,17 +8,18 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.model.adapter import WEIGHTS, save_adapter
+from qlora_cli.model.adapter import WEIGHTS, AdapterState, adapter_state, write_adapter
 from qlora_cli.model.owner import Owner
 from qlora_cli.model.whole_folder import fault, publish
 from qlora_cli.train.optimizers import optimizer_state, restore_optimizer
@@ -44,25 +45,59 @@ class Progress:
     best: dict[str, Any] | None = None
 
 
-def save_checkpoint(
-    folder: Path, model: Any, optimizer: Optimizer, progress: Progress, owner: Owner, keep: int
-) -> Path:
+@dataclass(frozen=True)
+class Snapshot:
+    """A checkpoint in memory. state: state.json's text. copied: when the tensors are there, None where they are."""
+
+    step: int
+    adapter: AdapterState
+    optimizer: dict[str, Tensor]
+    random: dict[str, Tensor]
+    state: str
+    copied: torch.cuda.Event | None
+
+
+def snapshot(model: Any, optimizer: Optimizer, progress: Progress, owner: Owner) -> Snapshot:
+    """A checkpoint in memory, which the steps that follow do not change.
+
+    A GPU's tensors are copied when it gets there, before the next step's work; nobody waits for that here.
+    """
+    adapter = adapter_state(model, owner)
+    tensors, rest = optimizer_state(optimizer)
+    state = {"step": progress.step, "logged": progress.logged, "optimizer": rest, "processes": len(progress.random)}
+    if progress.place is not None:
+        state["place"] = progress.place
+    if progress.best is not None:
+        state["best"] = progress.best
+    held = replace(adapter, tensors=host_copies(adapter.tensors)), host_copies(tensors)
+    random = {f"{rank}.{name}": t for rank, states in enumerate(progress.random) for name, t in states.items()}
+    copied = torch.cuda.Event() if any(tensor.is_cuda for tensor in adapter.tensors.values()) else None
+    if copied is not None:
+        copied.record()
+    return Snapshot(progress.step, *held, random, json.dumps(state, indent=1), copied)
+
+
+def host_copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory, none sharing any; of a GPU's tensors pinned, and filled when the GPU gets there."""
+    copies = {}
+    for name, tensor in tensors.items():
+        copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        copies[name] = copy.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+    return copies
+
+
+def write_checkpoint(folder: Path, held: Snapshot, keep: int) -> Path:
     """Writes `folder`/step-NNNNNN and returns it; deletes all but the newest `keep` once it is safely there."""
+    if held.copied is not None:
+        held.copied.synchronize()
 
     def write(place: Path) -> None:
-        save_adapter(model, place, owner)
-        tensors, rest = optimizer_state(optimizer)
-        save_file(tensors, place / "optimizer.safetensors")
-        states = {f"{rank}.{name}": t for rank, state in enumerate(progress.random) for name, t in state.items()}
-        save_file(states, place / "random.safetensors")
-        state = {"step": progress.step, "logged": progress.logged, "optimizer": rest, "processes": len(progress.random)}
-        if progress.place is not None:
-            state["place"] = progress.place
-        if progress.best is not None:
-            state["best"] = progress.best
-        (place / "state.json").write_text(json.dumps(state, indent=1))
+        write_adapter(held.adapter, place)
+        save_file(held.optimizer, place / "optimizer.safetensors")
+        save_file(held.random, place / "random.safetensors")
+        (place / "state.json").write_text(held.state)
 
-    path = publish(folder / f"step-{progress.step:06d}", write)
+    path = publish(folder / f"step-{held.step:06d}", write)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
     return path

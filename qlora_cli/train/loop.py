@@ -22,8 +22,8 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.tasks.causal_lm import collate_packed
 from qlora_cli.tasks.table import AnyBatch, batches
 from qlora_cli.train.best import Best, judged, keep_best, prune_best, publish_best
-from qlora_cli.train.checkpoint import Progress, save_checkpoint
-from qlora_cli.train.optimizers import set_learning_rate
+from qlora_cli.train.checkpoint import Progress, snapshot, write_checkpoint
+from qlora_cli.train.optimizers import never_waiting, set_learning_rate
 from qlora_cli.train.publish import owner_of, publish_adapter
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, append_metrics
@@ -65,10 +65,11 @@ def take_steps(session: Session, last_step: int) -> bool:
     training = session.recipe.training
     if is_stopped_early(session):  # before it was killed
         return True
-    with asked_to_stop(session.report.say) as stop_code:
+    with asked_to_stop(session.report.say) as stop_code, session.writer:
         for window, place in session.feed.windows(last_step, session.step, session.place):
             code = take_step(session, window, stop_code)
             session.place = place
+            session.writer.check()
             last = session.step == session.total_steps
             if last or session.step % training.logging_steps == 0:
                 log_metrics(session, window)
@@ -78,6 +79,7 @@ def take_steps(session: Session, last_step: int) -> bool:
             if session.step == last_step or code or stopped or session.step % training.save_steps == 0:
                 save(session)
             if code:
+                session.writer.wait()
                 session.report.say(f"stopped  after step {session.step}, which is saved; the same command goes on")
                 raise Interrupted(code)
             if stopped:
@@ -123,14 +125,11 @@ def take_step(session: Session, window: Window[Example], stop_code: Callable[[],
     loss = accumulate(session.base, session.model, own_batches(session, window), num_tokens)
     parameters = [p for group in session.optimizer.param_groups for p in group["params"]]
     loss, code = sum_over_processes(session.accelerator, parameters, loss, stop_code())
-    grad_norm = clip(parameters, training.max_grad_norm)
-    refuse_nonfinite(session, window, loss, grad_norm)
-    session.optimizer.step()
+    session.losses.add(window, num_tokens, loss, clip(parameters, training.max_grad_norm))
+    with never_waiting():
+        session.optimizer.step()
     session.optimizer.zero_grad()
     session.step = window.step + 1
-    session.logged["loss"] += loss.item() * num_tokens
-    session.logged["tokens"] += num_tokens
-    session.logged["grad_norm"] = grad_norm.item()
     session.trained_tokens += num_tokens
     session.report.advance(session.step)
     return code
@@ -151,22 +150,10 @@ def own_batches(session: Session, window: Window[Example]) -> Iterator[AnyBatch]
         yield from batches(rows, lengths, size, session.feed.longest, session.packed, session.base)
 
 
-def refuse_nonfinite(session: Session, window: Window[Example], loss: torch.Tensor, grad_norm: torch.Tensor) -> None:
-    """Stops before an optimizer step that would put NaN or infinity into the adapter."""
-    if torch.isfinite(loss) and torch.isfinite(grad_norm):
-        return
-    places = ", ".join(row.where for row in window.rows[:4])
-    raise UserError(
-        f"step {window.step + 1}",
-        f"loss {loss.item():g} and gradient norm {grad_norm.item():g} (rows {places}, ...)",
-        "lower training.learning_rate or look at these rows; the last checkpoint is untouched",
-        Exit.FAILED,
-    )
-
-
 def log_metrics(session: Session, window: Window[Example]) -> None:
     """One line of metrics over the steps since the last one: to the file, the display and the trackers."""
-    training, logged = session.recipe.training, session.logged
+    session.losses.read()
+    training, logged = session.recipe.training, session.losses.sums
     seconds = time.perf_counter() - session.clock
     values = {
         "step": session.step,
@@ -177,13 +164,14 @@ def log_metrics(session: Session, window: Window[Example]) -> None:
         "trained_tokens_per_s": session.trained_tokens / seconds,
         "memory_bytes": memory_bytes(session.base.device),
     }
-    session.logged = {"loss": 0.0, "tokens": 0.0}
+    session.losses.start_anew()
     session.clock, session.trained_tokens = time.perf_counter(), 0
     tell(session, values)
 
 
 def evaluate(session: Session) -> None:
     """Held-out loss of the adapter as it stands, the figures of the suites, and which evaluation is the best so far."""
+    session.losses.read()
     recipe, started = session.recipe, time.perf_counter()
     figures: dict[str, Any] = {}
     if session.eval_set.rows:
@@ -203,6 +191,7 @@ def evaluate(session: Session) -> None:
     if recipe.evaluation.best_metric is not None:
         session.best = agreed(session, judged_here(session, recipe.evaluation.best_metric, figures))
         if session.best.step == session.step and session.accelerator.is_main_process:
+            session.writer.wait()  # it deletes all but the best adapter that its checkpoint names
             keep_best(session.run.best, session.model, session.base, recipe, session.step)
     session.clock += time.perf_counter() - started  # an evaluation is no training time
 
@@ -231,18 +220,27 @@ def tell(session: Session, values: dict[str, Any]) -> None:
 
 
 def save(session: Session) -> None:
-    """A checkpoint of all processes, written by the main one."""
+    """Begins a checkpoint of all processes, which the main one writes while training goes on.
+
+    One at a time: the one before is waited for. What fails is raised at a later step, or at the run's end.
+    """
     from accelerate.utils import gather_object
 
+    session.losses.read()
     random = gather_object([random_state()])
-    if session.accelerator.is_main_process:
-        best = session.best.to_json() if session.best else None
-        progress = Progress(session.step, random, session.logged, session.place, best)
-        keep = session.recipe.training.save_total_limit
-        owner = owner_of(session.recipe, session.base)
-        save_checkpoint(session.run.checkpoints, session.model, session.optimizer, progress, owner, keep)
-        prune_best(session.run.best, session.best)
-    session.accelerator.wait_for_everyone()
+    if not session.accelerator.is_main_process:
+        return
+    session.writer.wait()
+    run, best = session.run, session.best
+    progress = Progress(session.step, random, session.losses.sums, session.place, best.to_json() if best else None)
+    held = snapshot(session.model, session.optimizer, progress, owner_of(session.recipe, session.base))
+    keep = session.recipe.training.save_total_limit
+
+    def write() -> None:
+        write_checkpoint(run.checkpoints, held, keep)
+        prune_best(run.best, best)
+
+    session.writer.start(write)
 
 
 def memory_bytes(device: torch.device) -> int:

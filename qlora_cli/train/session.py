@@ -6,14 +6,13 @@ import hashlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from torch.optim import Optimizer
 
 from qlora_cli.data.examples import Examples
-from qlora_cli.errors import Exit, UserError
+from qlora_cli.errors import UserError
 from qlora_cli.evaluate.suite import Opened
 from qlora_cli.model.adapter import attach_adapter, load_adapter
 from qlora_cli.model.base import Base, Found, find_base, fingerprint, load_base
@@ -22,12 +21,15 @@ from qlora_cli.model.start import changes_base
 from qlora_cli.model.stored_base import Making, on_stored_base, start_folder
 from qlora_cli.model.whole_folder import fault
 from qlora_cli.recipe import Recipe
+from qlora_cli.train.allocator import keep_freed_memory
 from qlora_cli.train.base import calibration_rows, make_base, recipe_of_base
 from qlora_cli.train.best import Best, restored
 from qlora_cli.train.checkpoint import Progress, load_checkpoint, newest_valid, step_of
 from qlora_cli.train.facts import run_facts
 from qlora_cli.train.feed import Feed, Place, StreamFeed
+from qlora_cli.train.losses import Losses, no_losses
 from qlora_cli.train.optimizers import build_optimizer
+from qlora_cli.train.processes import build_accelerator, global_batch
 from qlora_cli.train.reading import (
     encode_role,
     keep_apart,
@@ -41,14 +43,12 @@ from qlora_cli.train.report import Report
 from qlora_cli.train.run import TRAINED_ON, Run, date_of, metrics_until, read_facts, write_facts
 from qlora_cli.train.step import restore_random_state, seed_everything
 from qlora_cli.train.suites import Reading, context_of, suites_in_training
-
-START_TIME = timedelta(hours=12)
-"""So long the other processes wait while the main one makes the base of an adapter's start."""
+from qlora_cli.train.writer import Writer
 
 
 @dataclass
 class Session:
-    """Everything that one training process holds; `step`, `place` and `logged` are all that moves.
+    """Everything that one training process holds; `step`, `place`, `best` and `losses` are all that moves.
 
     place:  where the feed stands after `step` steps, where their number does not say it.
     packed: whether examples go through the model one behind the other, without padding.
@@ -66,11 +66,12 @@ class Session:
     eval_set: Examples
     packed: bool
     total_steps: int
+    losses: Losses
     suites: Sequence[Opened] = ()
     step: int = 0
     place: Place | None = None
     best: Best | None = None
-    logged: dict[str, float] = field(default_factory=lambda: {"loss": 0.0, "tokens": 0.0})
+    writer: Writer = field(default_factory=Writer)  # of checkpoints
     clock: float = field(default_factory=time.perf_counter)
     trained_tokens: int = 0  # since `clock`
 
@@ -106,6 +107,7 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
         found = find_base(on_base)
     base = load_base(on_base, accelerator.device, found)
     say_base(report, on_base, base)
+    keep_freed_memory(base.device.type)
     base_digest = fingerprint(base.model)
     packed = keep_apart(recipe, base, report, max(feed.longest, int(eval_set.lengths.max(initial=0))))
 
@@ -121,7 +123,9 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
         report.say(f"note     {training.optimizer} is {note}")
     steps = feed.total_steps(training.epochs, training.max_steps)
     say_layout(report, recipe, feed, packed)
-    session = Session(recipe, run, report, accelerator, base, model, optimizer, feed, eval_set, packed, steps, suites)
+    losses = Losses(no_losses(), late=base.device.type == "cuda")
+    parts = (base, model, optimizer, feed, eval_set, packed, steps, losses, suites)
+    session = Session(recipe, run, report, accelerator, *parts)
     if accelerator.is_main_process:
         say_if_held_out_changed(run, eval_set, report)
         facts = run_facts(recipe, base, base_digest, feed, today)
@@ -154,39 +158,6 @@ def say_if_held_out_changed(run: Run, eval_set: Examples, report: Report) -> Non
         report.say("note     the held-out rows have changed since this run began: compare no loss with earlier ones")
 
 
-def build_accelerator(recipe: Recipe, run: Run) -> Any:
-    """accelerate's view of devices, processes and trackers.
-
-    Raises UserError (exit 4) for a tracker that is not installed, where accelerate would only warn.
-    """
-    from accelerate import Accelerator
-    from accelerate.tracking import get_available_trackers
-    from accelerate.utils import InitProcessGroupKwargs
-
-    installed = [str(getattr(tracker, "value", tracker)) for tracker in get_available_trackers()]
-    if absent := [name for name in recipe.report_to if name not in installed]:
-        raise UserError(
-            "report_to", f"{', '.join(absent)} is not installed", "run `pip install 'qlora[track]'`", Exit.ENVIRONMENT
-        )
-    patience = InitProcessGroupKwargs(timeout=START_TIME) if changes_base(recipe.adapter) else None
-    accelerator = Accelerator(
-        log_with=list(recipe.report_to) or None,
-        project_dir=str(run.folder),
-        kwargs_handlers=[patience] if patience else None,
-    )
-    if recipe.report_to:
-        sections = {name: part for name, part in recipe.model_dump(by_alias=True).items() if isinstance(part, dict)}
-        flat = {f"{name}.{key}": str(value) for name, part in sections.items() for key, value in part.items()}
-        accelerator.init_trackers("qlora", config=flat)
-    return accelerator
-
-
-def global_batch(recipe: Recipe, accelerator: Any) -> int:
-    """The global batch: examples, or rows that they fill, of one optimizer step over all processes."""
-    training = recipe.training
-    return training.micro_batch_size * training.gradient_accumulation_steps * accelerator.num_processes
-
-
 def restore(session: Session, resume: str) -> None:
     """Puts the session back to the newest checkpoint that verifies, if there is one."""
     run, accelerator = session.run, session.accelerator
@@ -200,7 +171,7 @@ def restore(session: Session, resume: str) -> None:
     if newest is not None:
         check_belongs(newest, session)
         progress = load_checkpoint(newest, session.model, session.optimizer, accelerator.num_processes)
-        session.step, session.place, session.logged = progress.step, progress.place, progress.logged
+        session.step, session.place, session.losses.sums = progress.step, progress.place, progress.logged
         restore_best(session, newest, progress)
         restore_random_state(progress.random[accelerator.process_index])
         session.report.say(f"resume   {newest}, step {session.step} of {session.total_steps}")

@@ -13,6 +13,7 @@ from torch import Tensor
 from qlora_cli import commands
 from qlora_cli.display import QuietReport
 from qlora_cli.recipe import Recipe
+from qlora_cli.train.optimizers import build_optimizer
 from tests.live_keys.bench import RATE, Bench, Live, Watch, becomes, watched
 
 BY_EPOCHS = {"training.max_steps": None, "training.epochs": 2}
@@ -91,6 +92,12 @@ def kept_by_optimizer(watch: Watch) -> tuple[str, set[torch.dtype]]:
     """The library that made the step, and in which types it keeps the means of the gradients."""
     kept = {state["state1" if "state1" in state else "exp_avg"].dtype for state in watch.state}
     return type(watch.optimizer).__module__.split(".")[0], kept
+
+
+def on_a_gpu(bench: Bench, recipe: Recipe) -> str:
+    """The kind of optimizer that a GPU gets: on a CPU the paged ones are torch's own, as a line says."""
+    optimizer, _ = build_optimizer(torch.nn.Linear(4, 4), recipe.training, torch.device("cuda"))
+    return type(optimizer).__name__
 
 
 def largest_batch(watch: Watch) -> int:
@@ -210,19 +217,16 @@ TRAINING = [
         FLAT,
     ),
     Live("training.warmup_steps", 0, of_run(rates), becomes([0.5, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]), FLAT),
+    Live(
+        "training.optimizer",
+        "adamw_8bit",
+        of_run(kept_by_optimizer),
+        becomes(("torch", {torch.float32}), ("bitsandbytes", EIGHT_BIT)),
+        WIDE,
+    ),
     *(
-        Live(
-            "training.optimizer",
-            name,
-            of_run(kept_by_optimizer),
-            becomes(("torch", {torch.float32}), ("bitsandbytes", kept)),
-            WIDE,
-        )
-        for name, kept in (
-            ("paged_adamw_8bit", EIGHT_BIT),
-            ("adamw_8bit", EIGHT_BIT),
-            ("paged_adamw_32bit", {torch.float32}),
-        )
+        Live("training.optimizer", name, on_a_gpu, becomes("AdamW", kind))
+        for name, kind in (("paged_adamw_8bit", "PagedAdamW8bit"), ("paged_adamw_32bit", "PagedAdamW32bit"))
     ),
     Live("training.adam_beta1", 0.5, of_run(moment("exp_avg", 1)), becomes(0.1, 0.5)),
     Live("training.adam_beta2", 0.5, of_run(moment("exp_avg_sq", 2)), becomes(0.001, 0.5)),

@@ -21,9 +21,9 @@ from qlora_cli.model.base import find_base
 from qlora_cli.recipe import Recipe
 from qlora_cli.tasks.causal_lm import PackedBatch
 from qlora_cli.train.loop import own_batches
+from qlora_cli.train.processes import build_accelerator, global_batch
 from qlora_cli.train.reading import open_feed
 from qlora_cli.train.run import Run
-from qlora_cli.train.session import build_accelerator, global_batch
 
 STEPS = 9
 

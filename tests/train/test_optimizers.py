@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load, save
 
 from qlora_cli.recipe import Training
+from qlora_cli.train.checkpoint import host_copies
 from qlora_cli.train.optimizers import (
     OPTIMIZERS,
     build_optimizer,
+    never_waiting,
     optimizer_state,
     restore_optimizer,
     set_learning_rate,
@@ -56,7 +58,7 @@ def test_restored_through_files_it_goes_on_bit_for_bit(name, loraplus_ratio):
     model, optimizer = build(training)
     steps(model, optimizer, seed=1)
     tensors, rest = optimizer_state(optimizer)
-    tensors, rest = load(save(tensors)), json.loads(json.dumps(rest))
+    tensors, rest = load(save(host_copies(tensors))), json.loads(json.dumps(rest))
     weights = [p.detach().clone() for p in model.parameters()]
     expected = steps(model, optimizer, seed=2)
 
@@ -82,6 +84,43 @@ def test_every_optimizer_is_adamw_up_to_its_precision(name):
     assert error < (0.05 if "8bit" in name else 1e-5)
 
 
+@pytest.mark.parametrize("there", ["adamw", "adamw_8bit"])
+@pytest.mark.parametrize("here", ["adamw", "adamw_8bit"])
+def test_a_state_goes_on_in_the_optimizer_of_another_device(there, here):
+    """As when a GPU's paged 8-bit AdamW is continued on a CPU: the steps that follow need its moments."""
+    model, optimizer = build(Training(optimizer=there))
+    steps(model, optimizer, seed=1, count=10)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    start = torch.cat([weight.flatten() for weight in weights.values()])
+    tensors, rest = optimizer_state(optimizer)
+    tensors, rest = load(save(host_copies(tensors))), json.loads(json.dumps(rest))
+    expected = steps(model, optimizer, seed=2) - start
+    error = {}
+    for restored in (True, False):
+        other, continued = build(Training(optimizer=here))
+        other.load_state_dict(weights)
+        if restored:
+            restore_optimizer(continued, tensors, rest)
+        error[restored] = (steps(other, continued, seed=2) - start - expected).norm() / expected.norm()
+    assert error[True] < 0.05
+    assert error[False] > 0.5, "a test in which the moments do not matter shows nothing"
+
+
+def test_bitsandbytes_waits_for_no_gpu_inside_the_block_and_as_before_behind_it(monkeypatch):
+    import bitsandbytes.optim.optimizer as library
+
+    waited: list[torch.Tensor] = []
+    monkeypatch.setattr(library, "sync_gpu", waited.append)
+    model, optimizer = build(Training(optimizer="adamw_8bit"))
+    steps(model, optimizer, seed=1, count=1)
+    assert len(waited) == 2, "once for each of the two matrices; if never, `never_waiting` is not needed any more"
+    with never_waiting():
+        steps(model, optimizer, seed=1, count=1)
+    assert len(waited) == 2
+    steps(model, optimizer, seed=1, count=1)
+    assert len(waited) == 4
+
+
 def test_loraplus_gives_b_its_own_rate():
     model, optimizer = build(Training(optimizer="adamw", loraplus_ratio=4.0))
     set_learning_rate(optimizer, 1e-3)
@@ -93,7 +132,7 @@ def test_loraplus_gives_b_its_own_rate():
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_cpu_is_told_in_one_line_where_it_changes_the_optimizer(name, recwarn):
     _, note = build_optimizer(Adapted(), Training(optimizer=name), CPU)
-    assert ("without paging" in note) is name.startswith("paged")
+    assert ("torch's fused AdamW" in note) is name.startswith("paged")
     assert not recwarn.list
 
 

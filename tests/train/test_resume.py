@@ -24,7 +24,7 @@ from qlora_cli.train.checkpoint import checkpoints
 HARD = {
     "quantization": {"data_type": "nf4", "compute_dtype": "auto"},
     "adapter": {"dropout": 0.05},
-    "training": {"max_steps": 9, "gradient_accumulation_steps": 2, "save_steps": 2, "optimizer": "paged_adamw_8bit"},
+    "training": {"max_steps": 9, "gradient_accumulation_steps": 2, "save_steps": 2, "optimizer": "adamw_8bit"},
 }
 """NF4, dropout, accumulation, three epochs of three steps, 8-bit optimizer state."""
 
