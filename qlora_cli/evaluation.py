@@ -35,6 +35,7 @@ from qlora_cli.model.whole_folder import MANIFEST, fault
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
 from qlora_cli.recipe.schema import Adapter, Quantization
+from qlora_cli.train.allocator import keep_freed_memory
 from qlora_cli.train.base import recipe_of_base
 from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_seen
 from qlora_cli.train.report import Report
@@ -93,6 +94,7 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
             refuse_other_rows(suite, folder)
     if wanted.baseline or adapter.exists():
         base = load_base(on_base, default_device(), found)
+        keep_freed_memory(base.device.type)
         say_base(report, on_base, base)
         weights = fingerprint(base.model)  # before the first forward pass
         say_if_another_base(run, weights, report)

@@ -104,9 +104,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             with torch.enable_grad():
                 rows = hidden[part].detach().requires_grad_(grad_hidden is not None)
                 logits = head(rows)
+                behind = torch.autograd.graph.get_gradient_edge(logits)  # a view's own history ends where it is written
             total += _losses_to_gradients_(logits.detach(), targets[part], tail, weight).sum()
             wanted = [*([] if grad_hidden is None else [rows]), *trained]
-            found = list(torch.autograd.grad(logits, wanted, logits.detach()))
+            found = list(torch.autograd.grad([behind], wanted, [logits.detach()]))
             if grad_hidden is not None:
                 grad_hidden[part] = found.pop(0)
             for sum_, grad in zip(grads, found, strict=True):

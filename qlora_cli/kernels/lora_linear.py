@@ -70,7 +70,7 @@ class _LoraLinear(torch.autograd.Function):
         y.addmm_(low, b.T)
         ctx.save_for_backward(rows, stored, a, b, low, keep)
         ctx.read, ctx.factor = read, scaling / kept_share
-        return y.view(*x.shape[:-1], -1)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     @staticmethod
     @once_differentiable
@@ -89,7 +89,7 @@ class _LoraLinear(torch.autograd.Function):
                 grad_x.addmm_(grad_low, a)
             else:
                 grad_x.addcmul_(grad_low @ a, keep)
-            grad_x = grad_x.view(*shape[:-1], -1)
+            grad_x = grad_x.view(*shape[:-1], grad_x.shape[-1])
         return grad_x, None, None, grad_a, grad_b, None, None, None, None
 
 
@@ -98,7 +98,7 @@ def keep_mask(rows: int, columns: int, p: float, device: torch.device) -> tuple[
 
     Four elements are decided by one random number of 64 bits, which takes a fraction of `bernoulli_`'s time.
     """
-    dropped = round(p * 2**16)
+    dropped = min(round(p * 2**16), 2**16 - 1)
     numbers = torch.empty(-(-rows * columns // LANES), dtype=torch.int64, device=device).random_(-(2**63), None)
     lanes = numbers.view(torch.int16)[: rows * columns].view(rows, columns)
     return lanes >= dropped - 2**15, 1 - dropped / 2**16

@@ -63,6 +63,8 @@ def head_at(model: Any, places: Tensor) -> Iterator[list[bool]]:
 
     def select(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *rest = inputs
+        if hidden.dim() != 3:
+            return inputs
         selected.append(True)
         return (hidden.flatten(0, 1)[places].unsqueeze(0), *rest)
 
@@ -96,7 +98,7 @@ def find_tail(model: Any, run: Callable[[], Tensor]) -> Tail | None:
         raise
     except Exception:  # anybody's model code, given logits that are not its head's
         return None
-    if len(seen) != 1 or made.shape != given.shape:
+    if len(seen) != 1 or seen[0].dim() != 3 or made.shape != given.shape:
         return None
     fits = (tail for tail in candidates if (tail(given) - made).abs().max() <= EXACT * made.abs().max())
     return next(fits, None)

@@ -110,7 +110,8 @@ def plain_adapter(layer: Any) -> str | None:
 def fits(layer: Any, a: Tensor, dtype: torch.dtype, autocast: bool) -> bool:
     """Whether PEFT would multiply in `dtype` too, by a weight that nobody trains and a layer that nobody watches."""
     base = layer.base_layer
-    if base.weight.requires_grad or base._forward_hooks or base._forward_pre_hooks:
+    is_trained = any(parameter.requires_grad for parameter in base.parameters())
+    if is_trained or base._forward_hooks or base._forward_pre_hooks:
         return False
     return (autocast or a.dtype == dtype) and getattr(base, "compute_dtype", None) in (None, dtype)
 

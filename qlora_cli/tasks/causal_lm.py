@@ -12,7 +12,7 @@ from torch import Tensor
 from qlora_cli.data.encode import IGNORE_INDEX, Example
 from qlora_cli.kernels.output_layer import head_at, hidden_states
 from qlora_cli.kernels.packed_attention import packed_arguments, unwrapped
-from qlora_cli.tasks.padding import mask_of, padded
+from qlora_cli.tasks.padding import mask_of, moved, padded
 
 
 class Batch(NamedTuple):
@@ -49,7 +49,7 @@ def collate(examples: Sequence[Example], device: torch.device) -> Batch:
     attention_mask = mask_of([example.num_tokens for example in examples])
     following = padded([[*example.labels[1:], IGNORE_INDEX] for example in examples], IGNORE_INDEX)
     tensors = (input_ids, attention_mask, *predictions(following))
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in tensors))
+    return Batch(*(moved(tensor, device) for tensor in tensors))
 
 
 def collate_packed(examples: Sequence[Example], device: torch.device) -> PackedBatch:
@@ -60,7 +60,7 @@ def collate_packed(examples: Sequence[Example], device: torch.device) -> PackedB
     following = torch.tensor([label for example in examples for label in (*example.labels[1:], IGNORE_INDEX)])
     cu_seqlens = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     tensors = (input_ids, position_ids, *predictions(following), cu_seqlens)
-    ids, positions, places, targets, bounds = (tensor.to(device, non_blocking=True) for tensor in tensors)
+    ids, positions, places, targets, bounds = (moved(tensor, device) for tensor in tensors)
     return PackedBatch(ids, positions, places, targets, bounds, max(lengths))
 
 

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; on a GPU from pinned memory, so that nobody waits for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """(B, T) int64: the rows with `value` behind them, T the longest row's length."""
     longest = max(map(len, rows))

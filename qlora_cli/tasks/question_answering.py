@@ -10,6 +10,7 @@ from torch import Tensor
 
 from qlora_cli.data.encode import Example
 from qlora_cli.model.base import Base
+from qlora_cli.tasks.padding import moved
 from qlora_cli.tasks.sequence_classification import arguments, read_texts
 
 
@@ -25,7 +26,7 @@ class Windows(NamedTuple):
 def collate(examples: Sequence[Example], base: Base) -> Windows:
     """The examples as one batch."""
     targets = torch.tensor([example.targets for example in examples]).long()
-    return Windows(*read_texts(examples, base), targets.to(base.device))
+    return Windows(*read_texts(examples, base), moved(targets, base.device))
 
 
 def span_logits(model: Any, batch: Windows) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from qlora_cli.data.encode import IGNORE_INDEX, Example
 from qlora_cli.kernels.output_layer import head_at, hidden_states
 from qlora_cli.kernels.packed_attention import unwrapped
 from qlora_cli.model.base import Base
-from qlora_cli.tasks.padding import mask_of, padded
+from qlora_cli.tasks.padding import mask_of, moved, padded
 
 
 class SourceTarget(NamedTuple):
@@ -38,7 +38,7 @@ def collate(examples: Sequence[Example], base: Base) -> SourceTarget:
     labels = padded(targets, IGNORE_INDEX)
     places = (labels != IGNORE_INDEX).flatten().nonzero().squeeze(1)
     tensors = (padded(sources, pad), mask_of([*map(len, sources)]), shifted, labels, places)
-    return SourceTarget(*(tensor.to(base.device, non_blocking=True) for tensor in tensors))
+    return SourceTarget(*(moved(tensor, base.device) for tensor in tensors))
 
 
 def outputs(model: Any, batch: SourceTarget) -> tuple[Tensor, Tensor]:

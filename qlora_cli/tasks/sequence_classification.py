@@ -12,7 +12,7 @@ from qlora_cli.data.encode import Example
 from qlora_cli.data.rows import count
 from qlora_cli.errors import UserError
 from qlora_cli.model.base import Base
-from qlora_cli.tasks.padding import mask_of, padded
+from qlora_cli.tasks.padding import mask_of, moved, padded
 
 
 class Texts(NamedTuple):
@@ -38,7 +38,7 @@ def collate(examples: Sequence[Example], base: Base) -> Texts:
     if base.model.config.num_labels > 1:
         targets = targets.long()
     ids, mask, types = read_texts(examples, base)
-    return Texts(ids, mask, types, targets.to(base.device))
+    return Texts(ids, mask, types, moved(targets, base.device))
 
 
 def refuse_uneven_ends(examples: Sequence[Example], base: Base) -> None:
@@ -65,7 +65,7 @@ def read_texts(examples: Sequence[Example], base: Base) -> tuple[Tensor, Tensor,
         begins = torch.tensor([example.segment or example.num_tokens for example in examples]).unsqueeze(1)
         types = (torch.arange(ids.shape[1]) >= begins).long() * mask
     device = base.device
-    return ids.to(device), mask.to(device), None if types is None else types.to(device)
+    return moved(ids, device), moved(mask, device), None if types is None else moved(types, device)
 
 
 def arguments(batch: Any) -> dict[str, Tensor]:
