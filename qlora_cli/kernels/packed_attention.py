@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from qlora_cli.kernels.causal_attention import causal_attention
+
 NAME = "qlora_packed"
 """What `attn_implementation` calls it."""
 
@@ -174,16 +176,11 @@ def _by_document(
     outputs = []
     for q, k, v in zip(*(tensor.split(lengths, dim=2) for tensor in (query, key, value)), strict=True):
         mask = _band(q.shape[2], window, q.device) if window is not None and q.shape[2] > window else None
-        output = scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
+        if mask is None and not dropout:
+            output = causal_attention(q, k, v, scaling)
+        else:
+            gqa, causal = q.shape[1] != k.shape[1], mask is None
+            output = scaled_dot_product_attention(q, k, v, mask, dropout, causal, scale=scaling, enable_gqa=gqa)
         outputs.append(output.transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
