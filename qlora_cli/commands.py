@@ -25,8 +25,10 @@ from qlora_cli.model.source import read_config
 from qlora_cli.model.start import changes_base
 from qlora_cli.model.stored_base import Making
 from qlora_cli.model.whole_folder import replace_text
+from qlora_cli.plan.fitting import Fitting
 from qlora_cli.plan.inspect import inspect
 from qlora_cli.plan.preview import PAGE_ROWS, bad_rows, preview
+from qlora_cli.plan.whole import plan
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
 from qlora_cli.tasks.table import TASKS
@@ -45,6 +47,7 @@ __all__ = [
     "evaluate",
     "inspect",
     "merge",
+    "plan",
     "preview",
     "quantize",
     "train",
@@ -66,8 +69,9 @@ def train(
     """
     recipe = with_whole_paths(recipe)
     others = Run(Path(recipe.output_dir))
+    manner = loop.Manner(pause_at, resume, Fitting(recipe))
     if not main_process:
-        return others.adapter if others.adapter.exists() else loop.train(recipe, others, report, pause_at, resume)
+        return others.adapter if others.adapter.exists() else loop.train(recipe, others, report, manner)
     with locked(Path(recipe.output_dir)) as run:
         claim(run, recipe, recipe_text)
         check_resume(run, resume)
@@ -75,7 +79,7 @@ def train(
             report.say(f"done     {run.adapter} is there already: this run has finished, and no data was looked at")
             report.say("         to train anew, set another output_dir")
             return run.adapter
-        return loop.train(recipe, run, report, pause_at, resume)
+        return loop.train(recipe, run, report, manner)
 
 
 def quantize(recipe: Recipe, report: Report, out: Path) -> dict[str, Any]:
@@ -232,3 +236,9 @@ def load_folder(recipe: Recipe, folder: Path, dtype: torch.dtype, device: torch.
     """A merged folder as anybody loads it."""
     auto = auto_class(recipe.model.task)
     return auto.from_pretrained(folder, dtype=dtype, device_map={"": device}, local_files_only=True)
+
+
+def import_later_libraries() -> None:
+    """Imports now what training would import later on."""
+    import accelerate  # noqa: F401
+    import peft  # noqa: F401

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from qlora_cli.cli.app import AsJson, Overrides, app, print_json, problems_as_json, quiet_libraries
+from qlora_cli.cli.app import AsJson, Overrides, app, importing, print_json, problems_as_json, quiet_libraries
 from qlora_cli.errors import UserError
 
 
@@ -41,7 +41,8 @@ def inspect(
         names = [name.strip() for name in types.split(",")] if types else DATA_TYPES
         checked = recipe_of_model(model, names, {"path": data, "limit": limit} if data else None, overrides or ())
         quiet_libraries(checked)
-        from qlora_cli import commands, display, report
+        with importing():
+            from qlora_cli import commands, display, report
 
         if plot:
             report.check_plot(plot)
@@ -72,7 +73,8 @@ def quantize(
         given = overrides or ()
         checked = load_recipe(Path(target), given) if os.path.isfile(target) else recipe_to_quantize(target, given)
         quiet_libraries(checked)
-        from qlora_cli import commands, display
+        with importing():
+            from qlora_cli import commands, display
 
         result = commands.quantize(checked, display.make_report(), out)
     if as_json:

@@ -1,4 +1,4 @@
-"""The verbs of a run: check, look, train, measure, merge."""
+"""The verbs of a run: check, plan, look, train, measure, merge."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from qlora_cli.cli.app import (
     Overrides,
     RecipePath,
     app,
+    importing,
     print_json,
     problems_as_json,
     quiet_libraries,
@@ -62,7 +63,10 @@ def train(
     with problems_as_json(as_json):
         checked = load_recipe(recipe, overrides or ())
         quiet_libraries(checked)
-        from qlora_cli import commands
+        with importing():
+            from qlora_cli import commands
+
+            commands.import_later_libraries()
         from qlora_cli.display import make_report
 
         main_process = os.environ.get("RANK", "0") == "0"
@@ -83,6 +87,41 @@ def train(
                 if finished
                 else f"paused; without --max-steps the command goes on from {adapter.parent / 'checkpoints'}"
             )
+
+
+@app.command()
+def plan(
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    gpu: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="An NVIDIA GPU of this size, 24GiB; without it the machine's GPU or CPU."),
+    ] = None,
+    rows: Annotated[
+        bool | None,
+        typer.Option("--rows/--no-rows", help="Read the training rows, or do not; small files are read anyway."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a run needs and whether it fits, from the model's config.json alone; exit code 1 if it does not.
+
+    Example: qlora plan my.yaml --gpu 24GiB
+    """
+    from qlora_cli.recipe import load_recipe
+
+    with problems_as_json(as_json):
+        checked = load_recipe(recipe, overrides or ())
+        quiet_libraries(checked)
+        with importing():
+            from qlora_cli import commands, display, display_plan
+
+        result = commands.plan(checked, display.make_report(), gpu, rows)
+    if as_json:
+        print_json(result)
+    else:
+        display_plan.print_plan(result)
+    if not result["fits"]:
+        raise typer.Exit(Exit.FAILED)
 
 
 @app.command()
@@ -109,7 +148,8 @@ def preview(
             raise UserError("--errors", "lists the bad rows alone", "leave --row, --html and --limit out")
         checked = load_recipe(recipe, overrides or ())
         quiet_libraries(checked)
-        from qlora_cli import commands, display, display_preview, report
+        with importing():
+            from qlora_cli import commands, display, display_preview, report
 
         if page:
             report.refuse_foreign(page)
@@ -153,7 +193,8 @@ def evaluate(
     with problems_as_json(as_json):
         checked = recipe_of(target, overrides)
         quiet_libraries(checked)
-        from qlora_cli import commands, display_evaluation
+        with importing():
+            from qlora_cli import commands, display_evaluation
         from qlora_cli.display import make_report
 
         wanted = commands.Wanted(adapter, baseline, merged, suite or (), limit, again)
@@ -185,7 +226,8 @@ def merge(
     with problems_as_json(as_json):
         checked = recipe_of(run, None)
         quiet_libraries(checked)
-        from qlora_cli import commands, display
+        with importing():
+            from qlora_cli import commands, display
 
         result = commands.merge(run, checked, display.make_report(), out=out, onto=base, dtype=dtype)
     if as_json:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qlora_cli.data.limits import Limits
 from qlora_cli.kernels.packed_attention import supports
+from qlora_cli.model.recompute import checkpointing_layers
 from qlora_cli.model.start import changes_base
+from qlora_cli.plan.advice import Change, Together, alone, changed, length_keys, offers
 from qlora_cli.plan.allocator import reserved
 from qlora_cli.plan.meta_base import MetaModel, meta_model
 from qlora_cli.plan.optimizer_memory import optimizer_state
-from qlora_cli.plan.rehearsal import Peak, Shape, checkpointing_layers, layers_checkpointed, rehearse_model
+from qlora_cli.plan.rehearsal import Peak, Shape, layers_checkpointed, rehearse_model
 from qlora_cli.plan.search import largest_within, least_within
 from qlora_cli.recipe import Recipe
 
@@ -22,8 +24,10 @@ CONTEXT_BYTES = {"cuda": 600 << 20, "cpu": 0}
 LENGTH_STEP = 64
 """Tokens by which the largest length is found."""
 
-MOST_ROWS, MOST_TOKENS = 1024, 131_072
-"""The largest micro-batch that is looked for; the longest row where the model's config says none."""
+MOST_ROWS = {"cpu": 64, "cuda": 1024}
+MOST_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
+"""The largest micro-batch and the longest row that are looked for. On a CPU, which larger ones make no faster, rows are
+multiplied tile by tile, each of which is rehearsed."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +65,15 @@ class Disk:
 
 @dataclass(frozen=True)
 class Rows:
-    """What is known of the prepared training rows: their number, all their tokens, and the longest one's."""
+    """What is known of the prepared training rows: their number and all their tokens in an epoch, the longest one's.
+
+    total_steps: of the run, where their order is known.
+    """
 
     number: int
     num_tokens: int
     longest: int
-
-
-@dataclass(frozen=True)
-class Change:
-    """A key of the recipe, the value that it should have, and the memory of the recipe with this change alone."""
-
-    key: str
-    value: Any
-    num_bytes: int
+    total_steps: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,8 +81,9 @@ class Plan:
     """A run's figures. budget_bytes: of the device, None where none is named.
 
     largest_rows: the largest micro-batch that fits at this length; largest_length: the longest row that fits in this
-    micro-batch, in LENGTH_STEP; None where they were not looked for. steps, tokens: None where the rows are not known.
-    changes: each of which makes the run fit, where it does not; empty where none does alone.
+    micro-batch, in LENGTH_STEP; None where they were not looked for. whole_length: the longest that the model reads at
+    once, None where its config does not say. steps, tokens: None where the rows are not known.
+    changes: each of which makes the run fit, where it does not. together: all of them, where none does alone.
     """
 
     memory: Memory
@@ -93,7 +93,9 @@ class Plan:
     budget_bytes: int | None = None
     largest_rows: int | None = None
     largest_length: int | None = None
+    whole_length: int | None = None
     changes: tuple[Change, ...] = ()
+    together: Together | None = None
 
     @property
     def fits(self) -> bool:
@@ -107,17 +109,27 @@ def plan(recipe: Recipe, config: Any, kind: str, budget_bytes: int | None = None
     config: transformers' own. rows: of the training data, where they are prepared; else rows are as long as allowed.
     Raises UserError for a base that cannot be built without its weights.
     """
-    stage = Rehearsals(recipe, meta_model(recipe, config, kind), kind)
+    stage = rehearsals(recipe, config, kind)
     length = longest_row(recipe, rows)
+    length = min(length, stage.whole_length or length)
     memory = stage.memory(recipe.training.micro_batch_size, length)
+    if recipe.training.gradient_checkpointing == "auto":  # which recomputes as many layers as memory asks for
+        stage.checkpointed = stage.num_layers
+        if budget_bytes is not None and memory.num_bytes > budget_bytes:
+            memory = stage.memory(recipe.training.micro_batch_size, length)
     steps = num_steps(recipe, rows)
     tokens = num_tokens(recipe, rows, steps)
-    found = Plan(memory, disk_of(recipe, memory, stage.found.model), steps, tokens, budget_bytes)
+    disk = disk_of(recipe, memory, stage.found.model)
+    found = Plan(memory, disk, steps, tokens, budget_bytes, whole_length=stage.whole_length)
     if budget_bytes is None:
         return found
-    number, longest = stage.largest(budget_bytes, length)
+    number, longest = stage.largest_rows(budget_bytes, length), stage.largest_length(budget_bytes)
     found = replace(found, largest_rows=number, largest_length=longest)
-    return found if found.fits else replace(found, changes=tuple(changes(recipe, config, stage, found, length)))
+    if found.fits:
+        return found
+    if told := changes(recipe, config, stage, found, length):
+        return replace(found, changes=tuple(told))
+    return replace(found, together=all_changes(recipe, config, stage, budget_bytes, length))
 
 
 # ── memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -131,6 +143,9 @@ class Rehearsals:
         self.packed = recipe.data.packing is not False and found.base.task == "causal_lm" and supports(found.model)
         self.num_layers = len(checkpointing_layers(found.base.model))
         self.checkpointed = layers_checkpointed(recipe, kind, found.base.model)
+        halves = 2 if found.base.task == "seq2seq_lm" else 1  # an encoder reads the source, a decoder the target
+        self.whole_length = None if found.base.context is None else halves * found.base.context
+        self.most_tokens = min(self.whole_length or MOST_TOKENS[kind], MOST_TOKENS[kind])
         self._known: dict[tuple[int, int, int], Memory] = {}
 
     def memory(self, number: int, length: int, checkpointed: int | None = None) -> Memory:
@@ -144,13 +159,15 @@ class Rehearsals:
             self._known[key] = with_optimizer(self.recipe, self.found.model, peak, self.kind, (layers, self.num_layers))
         return self._known[key]
 
-    def largest(self, budget_bytes: int, length: int) -> tuple[int, int]:
-        """The largest micro-batch at this length, and the longest row at the recipe's micro-batch; 0: none fits."""
-        number = self.recipe.training.micro_batch_size
-        rows = largest_within(lambda n: self.memory(n, length).num_bytes, budget_bytes, MOST_ROWS)
-        most = min(self.found.base.context or MOST_TOKENS, MOST_TOKENS) // LENGTH_STEP
-        steps = largest_within(lambda n: self.memory(number, n * LENGTH_STEP).num_bytes, budget_bytes, max(1, most))
-        return rows, steps * LENGTH_STEP
+    def largest_rows(self, budget_bytes: int, length: int) -> int:
+        """The largest micro-batch of rows of that length; 0: none fits."""
+        return largest_within(lambda number: self.memory(number, length).num_bytes, budget_bytes, MOST_ROWS[self.kind])
+
+    def largest_length(self, budget_bytes: int) -> int:
+        """The longest row at the recipe's micro-batch, in LENGTH_STEP; 0: none fits."""
+        number, most = self.recipe.training.micro_batch_size, max(1, self.most_tokens // LENGTH_STEP)
+        steps = largest_within(lambda n: self.memory(number, n * LENGTH_STEP).num_bytes, budget_bytes, most)
+        return steps * LENGTH_STEP
 
     def fewest_checkpointed(self, budget_bytes: int, number: int, length: int) -> int | None:
         """The fewest layers, from the first on, whose recomputing makes a micro-batch fit; None: it never does."""
@@ -159,6 +176,11 @@ class Rehearsals:
             return self.memory(number, length, layers).num_bytes
 
         return least_within(cost, budget_bytes, self.num_layers)
+
+
+def rehearsals(recipe: Recipe, config: Any, kind: str) -> Rehearsals:
+    """Those of a recipe. Raises UserError for a base that cannot be built without its weights."""
+    return Rehearsals(recipe, meta_model(recipe, config, kind), kind)
 
 
 def with_optimizer(recipe: Recipe, model: Any, peak: Peak, kind: str, layers: tuple[int, int]) -> Memory:
@@ -175,10 +197,7 @@ def with_optimizer(recipe: Recipe, model: Any, peak: Peak, kind: str, layers: tu
 
 def longest_row(recipe: Recipe, rows: Rows | None) -> int:
     """Tokens of the longest row that a run may see."""
-    data = recipe.data
-    allowed = data.max_length
-    if data.source_max_length is not None and data.target_max_length is not None:
-        allowed = data.source_max_length + data.target_max_length
+    allowed = Limits.of(recipe.data, recipe.model.task).longest
     filled = recipe.data.packing is True  # whose rows are as long as allowed, whatever they are filled with
     return allowed if rows is None or filled else max(2, min(allowed, rows.longest))
 
@@ -186,39 +205,33 @@ def longest_row(recipe: Recipe, rows: Rows | None) -> int:
 # ── advice ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def changes(recipe: Recipe, config: Any, stage: Rehearsals, found: Plan, length: int) -> Iterator[Change]:
+def changes(recipe: Recipe, config: Any, stage: Rehearsals, found: Plan, length: int) -> list[Change]:
     """Changes to the recipe each of which alone makes the run fit, every one of them rehearsed; the mildest first."""
-    budget, number = found.budget_bytes or 0, recipe.training.micro_batch_size
-    if stage.checkpointed < stage.num_layers:
-        memory = stage.memory(number, length, stage.num_layers)
-        if memory.num_bytes <= budget:
-            yield Change("training.gradient_checkpointing", True, memory.num_bytes)
-    for key, values in REPLACED.items():
-        section, _, name = key.partition(".")
-        if getattr(getattr(recipe, section), name) in values[1:]:
-            continue
-        changed = _changed(recipe, section, name, values[0])
-        memory = Rehearsals(changed, meta_model(changed, config, stage.kind), stage.kind).memory(number, length)
-        if memory.num_bytes <= budget:
-            yield Change(key, values[0], memory.num_bytes)
+    number, budget = recipe.training.micro_batch_size, found.budget_bytes or 0
+    keys = offers(recipe, stage.checkpointed == stage.num_layers)
+
+    def rehearse(changed_recipe: Recipe, tokens: int) -> int:
+        return rehearsals(changed_recipe, config, stage.kind).memory(number, tokens).num_bytes
+
+    told = alone(recipe, keys, length, budget, rehearse)
     if found.largest_rows:
-        yield Change(
-            "training.micro_batch_size", found.largest_rows, stage.memory(found.largest_rows, length).num_bytes
-        )
+        fewer = stage.memory(found.largest_rows, length)
+        told.append(Change("training.micro_batch_size", found.largest_rows, fewer.num_bytes))
     if found.largest_length:
-        yield Change("data.max_length", found.largest_length, stage.memory(number, found.largest_length).num_bytes)
+        shorter = stage.memory(number, found.largest_length)
+        keys = length_keys(recipe, found.largest_length)
+        told += [Change(key, value, shorter.num_bytes) for key, value in keys.items()]
+    return told
 
 
-REPLACED: dict[str, tuple[str, ...]] = {
-    "training.optimizer": ("paged_adamw_8bit", "paged_adamw_8bit", "adamw_8bit"),
-    "quantization.data_type": ("nf4", "nf4", "fp4", "int4", "nf2", "int2"),
-}
-"""Values by key that take less memory, and behind them those that they are not offered for."""
-
-
-def _changed(recipe: Recipe, section: str, name: str, value: Any) -> Recipe:
-    part = getattr(recipe, section).model_copy(update={name: value})
-    return recipe.model_copy(update={section: part})
+def all_changes(recipe: Recipe, config: Any, stage: Rehearsals, budget_bytes: int, length: int) -> Together:
+    """All changes at once, with one row in a micro-batch, and shorter rows where it does not fit otherwise."""
+    keys = offers(recipe, stage.checkpointed == stage.num_layers) | {"training.micro_batch_size": 1}
+    least = rehearsals(changed(recipe, keys), config, stage.kind)
+    memory = least.memory(1, length)
+    if memory.num_bytes > budget_bytes and (longest := least.largest_length(budget_bytes)):
+        return Together(keys | length_keys(recipe, longest), least.memory(1, longest).num_bytes)
+    return Together(keys, memory.num_bytes)
 
 
 # ── disk and length of the run ───────────────────────────────────────────────────────────────────────────────────────
@@ -238,6 +251,8 @@ def num_steps(recipe: Recipe, rows: Rows | None) -> int | None:
     training = recipe.training
     if training.max_steps is not None or rows is None:
         return training.max_steps
+    if rows.total_steps is not None:
+        return rows.total_steps
     units = rows.number
     if recipe.data.packing is True:
         units = math.ceil(rows.num_tokens / recipe.data.max_length)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from qlora_cli.quant.scales import dynamic_map
+
 if TYPE_CHECKING:
     from qlora_cli.plan.ledger import Ledger
 
@@ -54,6 +56,11 @@ def _to_copy(ledger: Ledger, func: Any, args: Any, kwargs: Any) -> Any:
     if dtype.is_floating_point:
         return func(shape_alone(source), **kwargs)
     return func(source, **kwargs)
+
+
+def _pinned(ledger: Ledger, func: Any, args: Any, kwargs: Any) -> Any:
+    """Pinned memory is the host's, and asking for it would start the GPU."""
+    return True if func is aten.is_pinned.default else aten.alias(args[0])
 
 
 def _scalar(ledger: Ledger, func: Any, args: Any, kwargs: Any) -> Any:
@@ -137,6 +144,8 @@ def _flash_for_cpu(ledger: Ledger, func: Any, args: Any, kwargs: Any) -> Any:
 Answer = Callable[["Ledger", Any, Any, Any], Any]
 SPECIAL: dict[Any, Answer] = {
     aten._to_copy.default: _to_copy,
+    aten.is_pinned.default: _pinned,
+    aten._pin_memory.default: _pinned,
     aten._local_scalar_dense.default: _scalar,
     aten.index.Tensor: _indexed,
     aten.index_put_.default: _indexed,
@@ -193,6 +202,7 @@ TEMPORARIES: dict[Any, Callable[[str, Any, Any], int]] = {
 def know_libraries() -> None:
     """Adds to the tables the operators that exist only once their libraries are imported."""
     import_module("bitsandbytes")
+    dynamic_map(torch.device("cpu"))  # which the library makes at a first call, and keeps
     with suppress(ImportError):  # torch before 2.10
         import_module("torch.nn.attention.varlen")
         TEMPORARIES[torch.ops.torch_attn._varlen_attn_backward.default] = _varlen_backward

@@ -14,6 +14,7 @@ from torch import nn
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
 from qlora_cli.kernels.packed_attention import use_packed_attention
+from qlora_cli.model.recompute import checkpointing_layers, recompute
 from qlora_cli.plan.ledger import Event, Ledger
 from qlora_cli.plan.meta_base import MetaModel, meta_model, stored_tensors
 from qlora_cli.plan.operators import know_libraries
@@ -84,9 +85,7 @@ def rehearse_model(found: MetaModel, recipe: Recipe, shape: Shape, kind: str, ch
     model, base = found.model, found.base
     if shape.packed:
         use_packed_attention(model)
-    checkpoint_layers(
-        base.model, layers_checkpointed(recipe, kind, base.model) if checkpointed is None else checkpointed
-    )
+    recompute(base.model, layers_checkpointed(recipe, kind, base.model) if checkpointed is None else checkpointed)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter) if recipe.training.gradient_accumulation_steps > 1 else None
@@ -142,21 +141,6 @@ def layers_checkpointed(recipe: Recipe, kind: str, model: Any) -> int:
     """How many layers the recipe recomputes, from the first on."""
     wanted = recipe.training.gradient_checkpointing
     return len(checkpointing_layers(model)) if wanted is True or (wanted == "auto" and kind == "cuda") else 0
-
-
-def checkpointing_layers(model: Any) -> list[Any]:
-    """The layers that can be recomputed, in the order of the model."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-
-
-def checkpoint_layers(model: Any, number: int) -> None:
-    """Recomputes the activations of the first `number` layers in backward, and keeps those of the others."""
-    if number:
-        model.activation_checkpointing_enable({"use_reentrant": False})
-    for index, layer in enumerate(checkpointing_layers(model)):
-        layer.gradient_checkpointing = index < number
 
 
 @contextmanager

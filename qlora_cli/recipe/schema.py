@@ -257,7 +257,8 @@ class Training(Section):
     weight_decay: Real = key(0.0, "decoupled weight decay", ge=0)
     max_grad_norm: Real = key(0.3, "clip the gradient's global norm to this; 0: no clipping", ge=0)
     gradient_checkpointing: Literal["auto"] | bool = key(
-        "auto", "recompute activations in backward instead of keeping them; auto: on a GPU"
+        "auto",
+        "recompute activations in backward instead of keeping them; auto: of as few layers as free memory asks for",
     )
     memory: Literal["auto", "lean", "fast"] = key("auto", "trade speed for memory", live=("auto",))
     torch_compile: bool = key(False, "compile the model", live=(False,))

@@ -7,9 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from qlora_cli.data.encode import Example
 from qlora_cli.data.order import Window, micro_batches, share_of
@@ -25,6 +26,7 @@ from qlora_cli.train.best import Best, judged, keep_best, prune_best, publish_be
 from qlora_cli.train.checkpoint import Progress, snapshot, write_checkpoint
 from qlora_cli.train.optimizers import never_waiting, set_learning_rate
 from qlora_cli.train.publish import owner_of, publish_adapter
+from qlora_cli.train.recompute import Planner, correct, forget_step, grow, start_measuring
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, append_metrics
 from qlora_cli.train.schedules import lr_factor
@@ -33,15 +35,25 @@ from qlora_cli.train.signals import Interrupted, asked_to_stop
 from qlora_cli.train.step import accumulate, clip, deterministic_kernels, random_state, sum_over_processes
 
 
-def train(recipe: Recipe, run: Run, report: Report, pause_at: int | None = None, resume: str = "auto") -> Path:
+class Manner(NamedTuple):
+    """How a run goes. pause_at: stop with a checkpoint after so many steps; the schedule stays that of the whole run.
+
+    resume: auto, never or a checkpoint. planner: who says how many layers to recompute, where the recipe does not.
+    """
+
+    pause_at: int | None = None
+    resume: str = "auto"
+    planner: Planner | None = None
+
+
+def train(recipe: Recipe, run: Run, report: Report, manner: Manner) -> Path:
     """Finetunes and returns the adapter folder; continues where `run` has a valid checkpoint.
 
-    pause_at: stop with a checkpoint after so many steps; the schedule stays that of the whole run.
     Raises UserError for what the user can mend and Interrupted after a signal, in both cases with progress saved.
     """
     with deterministic_kernels(recipe.training.deterministic):
-        session = prepare(recipe, run, report, resume)
-        last_step = min(session.total_steps, pause_at or session.total_steps)
+        session = prepare(recipe, run, report, manner.resume, manner.planner)
+        last_step = min(session.total_steps, manner.pause_at or session.total_steps)
         report.begin(session.step, session.total_steps)
         try:
             finished = take_steps(session, last_step)
@@ -108,11 +120,14 @@ def out_of_memory(session: Session, error: torch.OutOfMemoryError) -> UserError:
     """What did not fit, and which keys make it smaller."""
     longest = session.feed.longest
     peak = readable_bytes(memory_bytes(session.base.device))
+    all_recomputed = session.recomputing.number >= session.recomputing.of
+    more = "" if all_recomputed else ", or set training.gradient_checkpointing: true"
     return UserError(
         f"step {session.step + 1}",
-        f"out of memory at a peak of {peak}, the longest row has {longest:,} tokens: {str(error).splitlines()[0]}",
-        "lower training.micro_batch_size or data.max_length, or set training.gradient_checkpointing: true; "
-        "the last checkpoint is untouched",
+        f"out of memory at a peak of {peak} with {session.recomputing.words}, the longest row has {longest:,} tokens: "
+        f"{(str(error).splitlines() or ['no more is told'])[0]}",
+        f"lower training.micro_batch_size or data.max_length{more}; "
+        "`qlora plan` tells what fits; the last checkpoint is untouched",
         Exit.FAILED,
     )
 
@@ -122,7 +137,7 @@ def take_step(session: Session, window: Window[Example], stop_code: Callable[[],
     training = session.recipe.training
     num_tokens = sum(row.num_trained for row in window.rows)
     set_learning_rate(session.optimizer, training.learning_rate * lr_factor(training, window.step, session.total_steps))
-    loss = accumulate(session.base, session.model, own_batches(session, window), num_tokens)
+    loss = gradient_of(session, window, num_tokens)
     parameters = [p for group in session.optimizer.param_groups for p in group["params"]]
     loss, code = sum_over_processes(session.accelerator, parameters, loss, stop_code())
     session.losses.add(window, num_tokens, loss, clip(parameters, training.max_grad_norm))
@@ -133,6 +148,37 @@ def take_step(session: Session, window: Window[Example], stop_code: Callable[[],
     session.trained_tokens += num_tokens
     session.report.advance(session.step)
     return code
+
+
+def gradient_of(session: Session, window: Window[Example], num_tokens: int) -> Tensor:
+    """Adds the gradient of this process's share of the window, and returns its share of the loss.
+
+    Where memory runs out, more layers are recomputed and the window begins anew, from the same state of the generators:
+    bit for bit what it had been with room enough. Raises OutOfMemoryError where that is not to be, or is all of them;
+    of several processes none can go back alone, since the others wait for its gradient.
+    """
+    recomputing = session.recomputing
+    may_grow = recomputing.may_grow and session.accelerator.num_processes == 1
+    state, again = random_state() if may_grow else {}, False
+    before = start_measuring(session.base.device) if recomputing.planner is not None else 0
+    while True:
+        try:
+            loss = accumulate(session.base, session.model, own_batches(session, window), num_tokens)
+            break
+        except torch.OutOfMemoryError:
+            if not may_grow or recomputing.number >= recomputing.of:
+                raise
+        tried = recomputing.words  # behind the handler, whose traceback holds on to the tensors of the pass
+        forget_step(session.optimizer, state)
+        grow(recomputing, again)
+        session.report.say(
+            f"memory   ran out in step {window.step + 1} with {tried}: it is repeated with {recomputing.words}"
+        )
+        again = True
+    if recomputing.planner is not None:
+        taken = torch.cuda.max_memory_allocated(session.base.device) - before
+        correct(recomputing, own_batches(session, window), taken, session.report.say)
+    return loss
 
 
 def own_batches(session: Session, window: Window[Example]) -> Iterator[AnyBatch]:

@@ -39,6 +39,7 @@ from qlora_cli.train.reading import (
     refuse_trained_on,
     say_layout,
 )
+from qlora_cli.train.recompute import Need, Planner, Recomputing, begin
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import TRAINED_ON, Run, date_of, metrics_until, read_facts, write_facts
 from qlora_cli.train.step import restore_random_state, seed_everything
@@ -67,6 +68,7 @@ class Session:
     packed: bool
     total_steps: int
     losses: Losses
+    recomputing: Recomputing
     suites: Sequence[Opened] = ()
     step: int = 0
     place: Place | None = None
@@ -83,8 +85,11 @@ class Session:
         return digests[-1]
 
 
-def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
-    """Loads base, adapter, data and optimizer, and puts the run back to where it stopped."""
+def prepare(recipe: Recipe, run: Run, report: Report, resume: str, planner: Planner | None = None) -> Session:
+    """Loads base, adapter, data and optimizer, and puts the run back to where it stopped.
+
+    planner: asked how many layers are to be recomputed, once all that takes memory is there but the steps.
+    """
     training = recipe.training
     accelerator = build_accelerator(recipe, run)
     on_base = recipe_of_base(recipe, run)
@@ -124,7 +129,8 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     steps = feed.total_steps(training.epochs, training.max_steps)
     say_layout(report, recipe, feed, packed)
     losses = Losses(no_losses(), late=base.device.type == "cuda")
-    parts = (base, model, optimizer, feed, eval_set, packed, steps, losses, suites)
+    recomputing = Recomputing(base.model, 0, 0)  # until everything is loaded
+    parts = (base, model, optimizer, feed, eval_set, packed, steps, losses, recomputing, suites)
     session = Session(recipe, run, report, accelerator, *parts)
     if accelerator.is_main_process:
         say_if_held_out_changed(run, eval_set, report)
@@ -133,7 +139,7 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str) -> Session:
     restore(session, resume)
     check_agreement(session, base_digest)
     seed_processes(session)
-    checkpoint_activations(session)
+    start_training(session, planner)
     return session
 
 
@@ -254,12 +260,11 @@ def seed_processes(session: Session) -> None:
         seed_everything(session.recipe.training.seed + rank)
 
 
-def checkpoint_activations(session: Session) -> None:
-    """Sets training mode and non-reentrant recomputation of activations, `auto` being on a GPU."""
-    wanted = session.recipe.training.gradient_checkpointing
-    model = session.base.model
+def start_training(session: Session, planner: Planner | None) -> None:
+    """Sets training mode, and how many layers are recomputed in backward."""
+    base, feed, training = session.base, session.feed, session.recipe.training
     session.model.train()
-    model.config.use_cache = False
-    if wanted is True or (wanted == "auto" and session.base.device.type == "cuda"):
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        enable({"use_reentrant": False})
+    base.model.config.use_cache = False
+    filled = feed.capacity is not None
+    need = Need(base, training.micro_batch_size, feed.capacity or feed.longest, session.packed or filled)
+    session.recomputing = begin(training.gradient_checkpointing, need, planner, session.report.say)

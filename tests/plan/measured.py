@@ -11,7 +11,8 @@ from torch.profiler import ProfilerActivity, profile
 from qlora_cli.kernels.packed_attention import use_packed_attention
 from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import Base, load_base
-from qlora_cli.plan.rehearsal import Shape, checkpoint_layers, examples_of
+from qlora_cli.model.recompute import recompute
+from qlora_cli.plan.rehearsal import Shape, examples_of
 from qlora_cli.quant.layers import stored_tensors
 from qlora_cli.recipe import Recipe
 from qlora_cli.tasks.table import collated
@@ -34,7 +35,7 @@ def measured_peak(recipe: Recipe, shape: Shape, checkpointed: int) -> tuple[int,
     _ = base.tail
     if shape.packed:
         use_packed_attention(model)
-    checkpoint_layers(base.model, checkpointed)
+    recompute(base.model, checkpointed)
     held = sum(tensor.untyped_storage().nbytes() for _, tensor in stored_tensors(model))
     for _round in range(2):  # in the first one the libraries set themselves up
         for parameter in model.parameters():

@@ -30,7 +30,8 @@ CONFIG = LlamaConfig(
 
 
 def tiny_recipe(**training: Any) -> Recipe:
-    recipe = recipe_for(Path("somewhere"), quantization={"compute_dtype": "bfloat16"}, training=dict(training))
+    training = {"gradient_checkpointing": False, **training}
+    recipe = recipe_for(Path("somewhere"), quantization={"compute_dtype": "bfloat16"}, training=training)
     return recipe.model_copy(update={"data": recipe.data.model_copy(update={"max_length": 256})})
 
 
@@ -109,7 +110,7 @@ def test_the_largest_micro_batch_fits_and_one_row_more_does_not(roomy: Plan):
     stage = Rehearsals(recipe, meta_model(recipe, CONFIG, "cpu"), "cpu")
     assert found.largest_length
     assert found.largest_rows
-    assert 2 <= found.largest_rows < MOST_ROWS
+    assert 2 <= found.largest_rows < MOST_ROWS["cpu"]
     assert stage.memory(found.largest_rows, 256).num_bytes <= budget
     assert stage.memory(found.largest_rows + 1, 256).num_bytes > budget
     assert stage.memory(2, found.largest_length).num_bytes <= budget
@@ -124,9 +125,18 @@ def test_what_does_not_fit_comes_with_changes_that_do(roomy: Plan):
     assert all(change.num_bytes <= budget for change in found.changes)
 
 
+def test_where_auto_decides_it_fits_with_as_many_layers_recomputed_as_that_takes(roomy: Plan):
+    recipe = tiny_recipe(micro_batch_size=2, gradient_checkpointing="auto")
+    found = plan(recipe, CONFIG, "cpu", int(roomy.memory.num_bytes * 0.8))
+    assert (found.fits, found.memory.checkpointed) == (True, 3)
+    assert plan(recipe, CONFIG, "cpu", roomy.memory.num_bytes).memory.checkpointed == 0
+
+
 def test_a_budget_that_nothing_fits_gets_no_false_promise():
     found = plan(tiny_recipe(), CONFIG, "cpu", 1000)
     assert (found.fits, found.largest_rows, found.largest_length, found.changes) == (False, 0, 0, ())
+    assert found.together
+    assert found.together.num_bytes > 1000
 
 
 def test_the_fewest_layers_that_make_it_fit_are_found(roomy: Plan):

@@ -1,0 +1,44 @@
+"""Which layers are computed again in backward, rather than keep their activations from forward: the first so many.
+
+The first ones, since theirs comes last in backward, when the activations that the others kept are given back already.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+
+def checkpointing_layers(model: Any) -> list[Any]:
+    """The layers that can be recomputed, in the order of the model: an encoder's before its decoder's."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+def recompute(model: Any, number: int) -> None:
+    """Recomputes the activations of the first `number` layers in backward, and keeps those of the others.
+
+    It may be called any number of times, between steps. Nothing but training sees it: a layer in evaluation mode looks
+    at neither of the two attributes that are set here. No bit of a gradient changes: the generators' state of the
+    forward pass comes back. A model without layers that transformers knows to recompute does it as a whole, or not.
+    """
+    from torch.utils.checkpoint import checkpoint
+
+    layers = checkpointing_layers(model)
+    if not layers:
+        _as_a_whole(model, number > 0)
+    again = partial(checkpoint, use_reentrant=False)  # which asks for no embedding with a gradient, as the other does
+    for index, layer in enumerate(layers):
+        layer._gradient_checkpointing_func = again
+        layer.gradient_checkpointing = index < number
+
+
+def _as_a_whole(model: Any, wanted: bool) -> None:
+    """Models with code of their own for it. The methods have had two names."""
+    if not wanted:
+        if getattr(model, "is_gradient_checkpointing", False):
+            (getattr(model, "activation_checkpointing_disable", None) or model.gradient_checkpointing_disable)()
+        return
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})

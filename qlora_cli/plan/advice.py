@@ -1,0 +1,71 @@
+"""Which keys of a recipe take less memory with another value, and what they would make of a run that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from qlora_cli.recipe import Recipe
+
+Keys = dict[str, Any]
+"""Values by key of the recipe: {"training.micro_batch_size": 1}."""
+
+Rehearse = Callable[[Recipe, int], int]
+"""Bytes that the device must have for a recipe with rows of so many tokens."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A key of the recipe, the value that it should have, and the memory of the recipe with this change alone."""
+
+    key: str
+    value: Any
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Together:
+    """Several keys, the values that they should have, and the memory of the recipe with all of them."""
+
+    keys: Keys
+    num_bytes: int
+
+
+REPLACED: dict[str, tuple[str, ...]] = {
+    "training.optimizer": ("paged_adamw_8bit", "adamw_8bit"),
+    "quantization.data_type": ("nf4", "fp4", "int4", "nf2", "int2"),
+}
+"""The value that takes less memory, and behind it those that it is not offered for."""
+
+
+def offers(recipe: Recipe, recomputes_all: bool) -> Keys:
+    """Values that take less memory and that the recipe does not have, the mildest first."""
+    found: Keys = {} if recomputes_all else {"training.gradient_checkpointing": True}
+    for key, values in REPLACED.items():
+        section, _, name = key.partition(".")
+        if getattr(getattr(recipe, section), name) not in values:
+            found[key] = values[0]
+    return found
+
+
+def changed(recipe: Recipe, keys: Keys) -> Recipe:
+    """The recipe with these keys replaced; they are of its sections."""
+    for key, value in keys.items():
+        section, _, name = key.partition(".")
+        part = getattr(recipe, section).model_copy(update={name: value})
+        recipe = recipe.model_copy(update={section: part})
+    return recipe
+
+
+def alone(recipe: Recipe, keys: Keys, length: int, budget_bytes: int, rehearse: Rehearse) -> list[Change]:
+    """Those of the keys each of which makes the run fit by itself."""
+    tried = [Change(key, value, rehearse(changed(recipe, {key: value}), length)) for key, value in keys.items()]
+    return [change for change in tried if change.num_bytes <= budget_bytes]
+
+
+def length_keys(recipe: Recipe, length: int) -> Keys:
+    """The key that bounds rows to so many tokens, where it is one."""
+    if recipe.data.source_max_length is not None:
+        return {}
+    return {"data.max_length": length // 2 if recipe.model.task == "seq2seq_lm" else length}

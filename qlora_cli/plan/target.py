@@ -1,0 +1,73 @@
+"""The device that a plan is for: the one that is here, or an NVIDIA GPU of a named size."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from qlora_cli.errors import UserError
+
+UNITS = {"gib": 1 << 30, "g": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
+"""Bytes by unit. A card sold as 24 GB has 24 GiB."""
+
+LEAST_BYTES = 1 << 28
+"""No GPU is smaller: what is below was meant in another unit."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """kind: "cuda" or "cpu". here: whether it was found here, or only its size is known."""
+
+    kind: str
+    name: str
+    budget_bytes: int
+    here: bool
+
+
+def target_of(gpu: str | None) -> Target:
+    """An NVIDIA GPU of that size; None: the first GPU here with all of its memory, or the CPU with what is free."""
+    if gpu is not None:
+        return Target("cuda", f"an NVIDIA GPU of {gpu.strip()}", size_of(gpu), here=False)
+    if torch.cuda.is_available():
+        return Target("cuda", torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1], here=True)
+    return Target("cpu", "the CPU, with the memory that is free now", available_bytes(), here=True)
+
+
+def size_of(text: str) -> int:
+    """Bytes of 24GiB, 24GB, 80G or 24564MiB. Raises UserError for what is no size of a GPU."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([a-z]*)", text.strip().lower())
+    where, todo = f"--gpu {text}", "write a size such as 24GiB"
+    if found is None:
+        raise UserError(where, "is no size", todo)
+    number, unit = found.groups()
+    if not unit:
+        likely = f"{number}MiB" if float(number) >= 1024 else f"{number}GiB"
+        raise UserError(where, "has no unit", f"write {likely}, if that is meant")
+    if unit not in UNITS:
+        raise UserError(where, f"{unit!r} is no unit of a GPU's memory", "use GiB, GB or MiB: --gpu 24GiB")
+    num_bytes = int(float(number) * UNITS[unit])
+    if num_bytes < LEAST_BYTES:
+        raise UserError(where, f"is {num_bytes:,} bytes, less than any GPU has", todo)
+    return num_bytes
+
+
+def available_bytes() -> int:
+    """Memory that a new process may take: what the system has free or can free, within the limit of a container."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):  # no Linux
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min([free, *_limits()])
+
+
+def _limits() -> list[int]:
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return []
+    return [int(limit)] if limit.isdigit() else []
