@@ -112,6 +112,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_hidden[part] = found.pop(0)
             for sum_, grad in zip(grads, found, strict=True):
                 sum_ += grad
+            del logits, behind, found  # before the next chunk's logits are there too
         ctx.save_for_backward(grad_hidden, *grads)
         return total * weight
 
