@@ -98,9 +98,9 @@ def plan(
         typer.Option(metavar="SIZE", help="An NVIDIA GPU of this size, 24GiB; without it the machine's GPU or CPU."),
     ] = None,
     rows: Annotated[
-        bool | None,
-        typer.Option("--rows/--no-rows", help="Read the training rows, or do not; small files are read anyway."),
-    ] = None,
+        bool, typer.Option("--rows", help="Read the training rows, however long it takes; small files are read anyway.")
+    ] = False,
+    no_rows: Annotated[bool, typer.Option("--no-rows", help="Do not read the training rows.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say what a run needs and whether it fits, from the model's config.json alone; exit code 1 if it does not.
@@ -110,12 +110,15 @@ def plan(
     from qlora_cli.recipe import load_recipe
 
     with problems_as_json(as_json):
+        if rows and no_rows:
+            raise UserError("--rows, --no-rows", "say the opposite of each other", "leave one of them out")
         checked = load_recipe(recipe, overrides or ())
         quiet_libraries(checked)
         with importing():
             from qlora_cli import commands, display, display_plan
 
-        result = commands.plan(checked, display.make_report(), gpu, rows)
+        wanted = rows if rows or no_rows else None
+        result = commands.plan(checked, display.make_report(), gpu, wanted)
     if as_json:
         print_json(result)
     else:

@@ -53,6 +53,10 @@ class _CausalAttention(torch.autograd.Function):
         q, grad, output, shift = (_by_query(x, kv_heads) for x in (query, grad, output, logsumexp.unsqueeze(3)))
         k, v = key[0], value[0]
         less = (grad.to(wide) * output).sum(dim=2, keepdim=True)
+        # subtracted inside of the product, before its sum is rounded: as two numbers of 16 bits it has all of its own
+        high = less.to(dtype)
+        grad_and_less = torch.cat([grad, high, (less - high).to(dtype)], dim=2)
+        v_and_ones = torch.cat([v, v.new_full((*v.shape[:2], 2), -1.0)], dim=2)
         k_wide, q_wide = k.to(wide).transpose(1, 2), q.to(wide) * ctx.scale
         grad_q = torch.empty_like(q)
         grad_k, grad_v = (k.new_zeros(k.shape, dtype=wide) for _ in range(2))
@@ -62,8 +66,8 @@ class _CausalAttention(torch.autograd.Function):
             p = torch.baddbmm(shift[:, rows], q_wide[:, rows], k_wide[:, :, :end], beta=-1)
             _hide_later(p.view(kv_heads, -1, group, end)[..., begin:])
             p.exp_()
-            ds = torch.bmm(grad[:, rows], v[:, :end].transpose(1, 2)).to(wide)
-            ds = ds.sub_(less[:, rows]).mul_(p).to(dtype)
+            ds = torch.bmm(grad_and_less[:, rows], v_and_ones[:, :end].transpose(1, 2)).to(wide)
+            ds = ds.mul_(p).to(dtype)
             grad_v[:, :end] += torch.bmm(p.to(dtype).transpose(1, 2), grad[:, rows])
             grad_k[:, :end] += torch.bmm(ds.transpose(1, 2), q[:, rows])
             torch.mul(torch.bmm(ds, k[:, :end]), ctx.scale, out=grad_q[:, rows])

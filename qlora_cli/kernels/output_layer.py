@@ -25,6 +25,9 @@ MULTIPLIERS = ("logit_scale", "logits_scaling", "lm_head_multiplier")
 DIVISORS = ("logits_scaling",)
 """What configs call a divisor of the logits: Granite's, which HyperCLOVA X multiplies with."""
 
+PROVEN_ON = (2, 3)
+"""Rows and tokens."""
+
 EXACT = 1e-5
 """By how much a model's logits may differ from those that a tail gives, relative to the largest."""
 
@@ -33,13 +36,13 @@ EXACT = 1e-5
 def hidden_states(model: Any, replaced: Tensor | None = None) -> Iterator[list[Tensor]]:
     """Inside the block the model's head computes nothing: the list gets what it is given, (B, T, d).
 
-    The model's logits are then of no use: one row of zeros, or what it makes of `replaced` (1, 1, V).
+    The model's logits are then of no use: one row of zeros, or what it makes of `replaced` (B, T, V).
     """
     head = model.get_output_embeddings()
     before = head.__dict__.get("forward")
     seen: list[Tensor] = []
 
-    def keep(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
+    def keep(hidden: Tensor) -> Tensor:
         seen.append(hidden)
         return hidden.new_zeros(()).expand(1, 1, out_features(head)) if replaced is None else replaced
 
@@ -61,15 +64,14 @@ def head_at(model: Any, places: Tensor) -> Iterator[list[bool]]:
     """
     selected: list[bool] = []
 
-    def select(_: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        hidden, *rest = inputs
-        if hidden.dim() != 3:
-            return inputs
+    def select(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
+        if named or len(inputs) != 1 or inputs[0].dim() != 3:
+            return None
         selected.append(True)
-        return (hidden.flatten(0, 1)[places].unsqueeze(0), *rest)
+        return (inputs[0].flatten(0, 1)[places].unsqueeze(0),), named
 
     head = model.get_output_embeddings()
-    handle = head.register_forward_pre_hook(select) if head is not None else None
+    handle = head.register_forward_pre_hook(select, with_kwargs=True) if head is not None else None
     try:
         yield selected
     finally:
@@ -80,25 +82,26 @@ def head_at(model: Any, places: Tensor) -> Iterator[list[bool]]:
 def find_tail(model: Any, run: Callable[[], Tensor]) -> Tail | None:
     """What the model does to its head's logits; None where it is nothing known, or the head is no module it calls.
 
-    run: a forward pass of the model over one token, without gradients and dropout, that returns its logits (1, 1, V).
-    On the meta device, where nothing can be proven, the first that the config tells of is believed.
+    run: a forward pass of the model over rows of PROVEN_ON, without gradients and dropout, that returns its logits.
+    On the meta device, where nothing can be proven, the last that the config tells of is believed.
     """
     head = model.get_output_embeddings()
-    if not isinstance(head, nn.Module):
+    if not isinstance(head, nn.Module) or head._forward_hooks or head._forward_pre_hooks:  # which would run twice
         return None
-    device = next(model.parameters()).device
-    given = torch.linspace(-40, 40, out_features(head), device=device).view(1, 1, -1)
-    candidates = list(_candidates(model))
-    if device.type == "meta":
-        return candidates[-1]
     try:
-        with hidden_states(model, given) as seen:
+        candidates = list(_candidates(model))
+        if next(model.parameters()).is_meta:
+            return candidates[-1]
+        with hidden_states(model) as seen:
+            run()
+        given = torch.linspace(-40, 40, out_features(head), device=seen[0].device).expand(*PROVEN_ON, -1)
+        with hidden_states(model, given):
             made = run().float()
     except torch.OutOfMemoryError:
         raise
     except Exception:  # anybody's model code, given logits that are not its head's
         return None
-    if len(seen) != 1 or seen[0].dim() != 3 or made.shape != given.shape:
+    if len(seen) != 1 or seen[0].dim() != 3 or seen[0].shape[:2] != PROVEN_ON or made.shape != given.shape:
         return None
     fits = (tail for tail in candidates if (tail(given) - made).abs().max() <= EXACT * made.abs().max())
     return next(fits, None)

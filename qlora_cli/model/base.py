@@ -20,7 +20,7 @@ from torch import nn
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.kernels.isolation import evaluating
 from qlora_cli.kernels.linear_cross_entropy import Tail
-from qlora_cli.kernels.output_layer import find_tail
+from qlora_cli.kernels.output_layer import PROVEN_ON, find_tail
 from qlora_cli.model.checks import check_complete, check_share_quantized, check_skipped, check_start_token
 from qlora_cli.model.heads import NO_HEAD, Head, auto_class, find_head, for_task, needs_packed, set_padding, start_head
 from qlora_cli.model.prequantized import merge_note, method_of, refuse_damaged, refuse_start, refuse_storage_keys
@@ -89,11 +89,11 @@ class Base(Found):
 
     @cached_property
     def tail(self) -> Tail | None:
-        """What the model does to its head's logits, proven by a forward pass over one token; None where it is unknown.
+        """What the model does to its head's logits, proven by forward passes over a few tokens; None where unknown.
 
         Where it is known, losses are computed from hidden states, and logits of all tokens never exist.
         """
-        ids = torch.zeros((1, 1), dtype=torch.int64, device=self.device)
+        ids = torch.zeros(PROVEN_ON, dtype=torch.int64, device=self.device)
         inputs = {"input_ids": ids} | ({"decoder_input_ids": ids} if self.task == "seq2seq_lm" else {})
 
         def run() -> torch.Tensor:

@@ -63,6 +63,9 @@ def _packed(layer: Any) -> FrozenWeight:
     return FrozenWeight(layer.weight, layer.dequantized, layer.bias)
 
 
+FEW_ROWS = 32
+"""Of an input, up to which bitsandbytes' own 4-bit product is taken where nothing is trained."""
+
 READERS = {nn.Linear: _plain, Linear4bit: _four_bit, Linear4bitByBlocks: _four_bit, PackedLinear: _packed}
 """Classes of base layers, exactly, to what reads their weight."""
 
@@ -79,7 +82,7 @@ class Fused(nn.Module):
         dtype = torch.get_autocast_dtype(x.device.type) if autocast else x.dtype
         layer: Any = self
         name = None if args or kwargs else plain_adapter(layer)
-        if name is None or not fits(layer, layer.lora_A[name].weight, dtype, autocast):
+        if name is None or not fits(layer, name, dtype, autocast) or is_generating(layer.base_layer, x):
             unfused: Tensor = super().forward(x, *args, **kwargs)
             return unfused
         a, b = (self.copied(weights[name].weight, dtype) for weights in (layer.lora_A, layer.lora_B))
@@ -107,13 +110,25 @@ def plain_adapter(layer: Any) -> str | None:
     return name if is_plain else None
 
 
-def fits(layer: Any, a: Tensor, dtype: torch.dtype, autocast: bool) -> bool:
-    """Whether PEFT would multiply in `dtype` too, by a weight that nobody trains and a layer that nobody watches."""
-    base = layer.base_layer
+def fits(layer: Any, name: str, dtype: torch.dtype, autocast: bool) -> bool:
+    """Whether PEFT would multiply in `dtype` too, by a weight that nobody trains, in modules that nobody watches."""
+    base, a = layer.base_layer, layer.lora_A[name]
     is_trained = any(parameter.requires_grad for parameter in base.parameters())
-    if is_trained or base._forward_hooks or base._forward_pre_hooks:
+    if is_trained or any(map(is_watched, (base, a, layer.lora_B[name], layer.lora_dropout[name]))):
         return False
-    return (autocast or a.dtype == dtype) and getattr(base, "compute_dtype", None) in (None, dtype)
+    return (autocast or a.weight.dtype == dtype) and getattr(base, "compute_dtype", None) in (None, dtype)
+
+
+def is_watched(module: nn.Module) -> bool:
+    """Whether a module has hooks, which its own call alone would run."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
+def is_generating(base: Any, x: Tensor) -> bool:
+    """Whether bitsandbytes has a kernel for so few rows that dequantises nothing: on a GPU, without gradients."""
+    few = x.shape[:-1].numel() <= FEW_ROWS
+    return isinstance(base, Linear4bit) and x.is_cuda and few and not torch.is_grad_enabled()
 
 
 def _lora_kinds() -> tuple[type, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -18,9 +19,9 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.train.recompute import Choice, Need, Seen, words
 from qlora_cli.train.room import Room, room_on
 
-SPARE_BYTES = 256 << 20
+SPARE_BYTES = {"cuda": 256 << 20, "cpu": 1 << 30}
 """Left free: cuBLAS' workspaces (32 MiB on an H100) and the kernels that a GPU loads when they are first called, which
-no rehearsal sees; on a CPU what the interpreter and its libraries have yet to touch."""
+no rehearsal sees; on a CPU oneDNN's cache of kernels, one for each new length of a batch: 0.9 GB in 45 steps."""
 
 SPARE_SHARE = 0.1
 """Of what a step takes, left free too. Rehearsals are within 1.3% of torch's profiler on a CPU, whose allocator holds 3
@@ -56,9 +57,11 @@ class Rehearsed:
 
     def needed(self, number: int) -> int:
         """Bytes with which that many layers are recomputed, and what is left free. The device's own are taken."""
-        memory = self.memory(number)
+        memory, kinds = self.memory(number), self.memory(number).peak.by_kind
         step = memory.peak.num_bytes - there(memory)
-        return memory.reserved_bytes + round((self.share - 1 + SPARE_SHARE) * step) + SPARE_BYTES
+        kind = self.stage.kind
+        snapshot = kinds["adapter"] + kinds["optimizer"] if kind == "cpu" else 0  # of a checkpoint that is written
+        return memory.reserved_bytes + round((self.share - 1 + SPARE_SHARE) * step) + SPARE_BYTES[kind] + snapshot
 
     def choice(self) -> int | None:
         """The fewest layers that make it fit; None: not even all of them do."""
@@ -123,7 +126,8 @@ class Fitting:
         except Exception:  # as in `choose`
             return None
         planned = memory.peak.num_bytes - there(memory)
-        rehearsed.share = max(LEAST_SHARE, seen.taken_bytes / planned)
+        alone = int(os.environ.get("WORLD_SIZE", 1)) == 1  # of several processes none can go back
+        rehearsed.share = max(LEAST_SHARE if alone else 1.0, seen.taken_bytes / planned)
         found, of = rehearsed.choice(), rehearsed.stage.num_layers
         number = of if found is None else found
         if number == seen.number:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
-from qlora_cli.kernels.output_layer import head_at, hidden_states
+from qlora_cli.kernels.output_layer import hidden_states
 from qlora_cli.kernels.packed_attention import packed_arguments, unwrapped
 from qlora_cli.tasks.padding import mask_of, moved, padded
 
@@ -77,11 +78,14 @@ def predictions(following: Tensor) -> tuple[Tensor, Tensor]:
 def trained_logits(model: Any, batch: Batch | PackedBatch) -> tuple[Tensor, Tensor]:
     """The (N, V) logits that predict the N trained tokens of the batch, and those tokens (N,).
 
-    The others are not computed: over a large vocabulary they would be most of the memory.
+    Those of places that predict no trained token in any row are not computed, where the class can leave them out.
     """
-    with head_at(unwrapped(model), batch.predicting) as selected:
-        logits = model(input_ids=batch.input_ids, use_cache=False, **_arguments(model, batch)).logits
-    return logits[0] if selected else logits.flatten(0, 1)[batch.predicting], batch.targets
+    width, arguments = batch.input_ids.shape[1], _arguments(model, batch)
+    rows, columns = batch.predicting // width, batch.predicting % width
+    if "logits_to_keep" in inspect.signature(unwrapped(model).forward).parameters:
+        arguments["logits_to_keep"], columns = columns.unique(return_inverse=True)
+    logits = model(input_ids=batch.input_ids, use_cache=False, **arguments).logits
+    return logits[rows, columns], batch.targets
 
 
 def trained_hidden(model: Any, batch: Batch | PackedBatch) -> tuple[Tensor, Tensor]:

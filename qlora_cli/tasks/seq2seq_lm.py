@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
-from qlora_cli.kernels.output_layer import head_at, hidden_states
+from qlora_cli.kernels.output_layer import hidden_states
 from qlora_cli.kernels.packed_attention import unwrapped
 from qlora_cli.model.base import Base
 from qlora_cli.tasks.padding import mask_of, moved, padded
@@ -43,9 +43,7 @@ def collate(examples: Sequence[Example], base: Base) -> SourceTarget:
 
 def outputs(model: Any, batch: SourceTarget) -> tuple[Tensor, Tensor]:
     """The (N, V) logits that predict the N target tokens of the batch, and those tokens (N,)."""
-    with head_at(unwrapped(model), batch.predicting) as selected:
-        logits = _forward(model, batch).logits
-    return logits[0] if selected else logits.flatten(0, 1)[batch.predicting], _targets(batch)
+    return _forward(model, batch).logits.flatten(0, 1)[batch.predicting], _targets(batch)
 
 
 def hidden(model: Any, batch: SourceTarget) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ from qlora_cli.train.best import Best, judged, keep_best, prune_best, publish_be
 from qlora_cli.train.checkpoint import Progress, snapshot, write_checkpoint
 from qlora_cli.train.optimizers import never_waiting, set_learning_rate
 from qlora_cli.train.publish import owner_of, publish_adapter
-from qlora_cli.train.recompute import Planner, correct, forget_step, grow, start_measuring
+from qlora_cli.train.recompute import Planner, correct, forget_step, grow, ran_out, start_measuring
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, append_metrics
 from qlora_cli.train.schedules import lr_factor
@@ -57,11 +57,15 @@ def train(recipe: Recipe, run: Run, report: Report, manner: Manner) -> Path:
         report.begin(session.step, session.total_steps)
         try:
             finished = take_steps(session, last_step)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
             raise out_of_memory(session, error) from error
         finally:
             session.feed.close()
             report.end()
+            if session.writer.failure is not None:
+                report.say(f"warning  the last checkpoint could not be written: {session.writer.failure}")
         if finished and session.accelerator.is_main_process:
             publish_result(session)
         session.accelerator.wait_for_everyone()
@@ -116,7 +120,7 @@ def publish_result(session: Session) -> None:
     publish_best(run.adapter, run.best, best)
 
 
-def out_of_memory(session: Session, error: torch.OutOfMemoryError) -> UserError:
+def out_of_memory(session: Session, error: RuntimeError) -> UserError:
     """What did not fit, and which keys make it smaller."""
     longest = session.feed.longest
     peak = readable_bytes(memory_bytes(session.base.device))
@@ -154,7 +158,7 @@ def gradient_of(session: Session, window: Window[Example], num_tokens: int) -> T
     """Adds the gradient of this process's share of the window, and returns its share of the loss.
 
     Where memory runs out, more layers are recomputed and the window begins anew, from the same state of the generators:
-    bit for bit what it had been with room enough. Raises OutOfMemoryError where that is not to be, or is all of them;
+    bit for bit what it had been with room enough. Raises that error where that is not to be, or is all of them;
     of several processes none can go back alone, since the others wait for its gradient.
     """
     recomputing = session.recomputing
@@ -165,8 +169,8 @@ def gradient_of(session: Session, window: Window[Example], num_tokens: int) -> T
         try:
             loss = accumulate(session.base, session.model, own_batches(session, window), num_tokens)
             break
-        except torch.OutOfMemoryError:
-            if not may_grow or recomputing.number >= recomputing.of:
+        except RuntimeError as error:
+            if not (ran_out(error) and may_grow) or recomputing.number >= recomputing.of:
                 raise
         tried = recomputing.words  # behind the handler, whose traceback holds on to the tensors of the pass
         forget_step(session.optimizer, state)
@@ -268,13 +272,15 @@ def tell(session: Session, values: dict[str, Any]) -> None:
 def save(session: Session) -> None:
     """Begins a checkpoint of all processes, which the main one writes while training goes on.
 
-    One at a time: the one before is waited for. What fails is raised at a later step, or at the run's end.
+    One at a time: the one before is waited for. What fails is raised at a later step, or at the run's end. With several
+    processes all wait for it: one that ends first has its launcher kill the one that still writes.
     """
     from accelerate.utils import gather_object
 
     session.losses.read()
     random = gather_object([random_state()])
     if not session.accelerator.is_main_process:
+        session.accelerator.wait_for_everyone()
         return
     session.writer.wait()
     run, best = session.run, session.best
@@ -287,6 +293,9 @@ def save(session: Session) -> None:
         prune_best(run.best, best)
 
     session.writer.start(write)
+    if session.accelerator.num_processes > 1:
+        session.writer.wait()
+        session.accelerator.wait_for_everyone()
 
 
 def memory_bytes(device: torch.device) -> int:

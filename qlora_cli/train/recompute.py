@@ -119,6 +119,11 @@ def grow(recomputing: Recomputing, again: bool) -> None:
     recomputing.change(of if again else (number + of + 1) // 2)
 
 
+def ran_out(error: RuntimeError) -> bool:
+    """Whether an error says that memory ran out, of a GPU or of the host."""
+    return isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)
+
+
 def forget_step(optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> None:
     """Puts things back as they were before a step that ran out of memory: no gradients, the generators at `state`."""
     optimizer.zero_grad()

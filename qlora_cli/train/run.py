@@ -28,6 +28,7 @@ MAY_CHANGE = (
     "training.eval_steps",
     "training.save_steps",
     "training.save_total_limit",
+    "training.gradient_checkpointing",
 )
 """Keys that may differ when a run is continued: they do not touch what is learned."""
 

@@ -10,12 +10,14 @@ from types import TracebackType
 class Writer:
     """Writes one thing at a time, beside training. A context: leaving it waits for what is being written.
 
-    What fails in the thread is raised by the next call here, or on leaving, unless the block itself has failed.
+    What fails in the thread is raised by the next call here, or on leaving; where the block itself has failed, that is
+    raised, and `failure` has what was not written.
     """
 
     def __init__(self) -> None:
         self.thread: ThreadPoolExecutor | None = None
         self.writing: Future[object] | None = None
+        self.failure: BaseException | None = None
 
     def start(self, write: Callable[[], object]) -> None:
         """Begins to write, once what was begun before is there."""
@@ -45,3 +47,5 @@ class Writer:
             self.thread = None
         if kind is None:
             self.wait()
+        elif self.writing is not None:
+            self.failure = self.writing.exception()

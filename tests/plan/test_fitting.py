@@ -63,9 +63,11 @@ def on_gpu(need: Need) -> Need:
     return replace(need, base=OnGpu(*known, base.model, base.compute_dtype, base.summary))
 
 
-def needed(memory: Memory, share: float = 1.0) -> int:
-    step = memory.peak.num_bytes - there(memory)
-    return memory.reserved_bytes + round((share - 1 + SPARE_SHARE) * step) + SPARE_BYTES
+def needed(memory: Memory, share: float = 1.0, kind: str = "cpu") -> int:
+    """On a CPU with the copy of adapter and optimizer state that a checkpoint is written from."""
+    step, kinds = memory.peak.num_bytes - there(memory), memory.peak.by_kind
+    snapshot = kinds["adapter"] + kinds["optimizer"] if kind == "cpu" else 0
+    return memory.reserved_bytes + round((share - 1 + SPARE_SHARE) * step) + SPARE_BYTES[kind] + snapshot
 
 
 def choose(recipe: Recipe, need: Need, num_bytes: int, held_bytes: int = 0) -> tuple[Fitting, Choice]:
@@ -136,7 +138,7 @@ def test_a_gpu_is_planned_with_its_own_kernels_and_without_what_it_holds_for_its
     stage = Rehearsals(recipe, meta_model(recipe, need.base.config, "cuda"), "cuda")
     memory = stage.memory(ROWS, LENGTH, 2)
     assert memory.reserved_bytes > memory.peak.num_bytes
-    assert choose(recipe, on_gpu(need), needed(memory))[1].number == 2
+    assert choose(recipe, on_gpu(need), needed(memory, kind="cuda"))[1].number == 2
     assert torch.cuda.is_available() or not torch.cuda.is_initialized()
 
 

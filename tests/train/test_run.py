@@ -48,6 +48,13 @@ def test_a_folder_with_other_files_is_refused(tmp_path, make_recipe):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_what_changes_no_bit_may_change_when_a_run_is_continued(tmp_path, make_recipe):
+    """Among it what the message of a run that is out of memory says to set."""
+    claim(Run(tmp_path), make_recipe(training={"save_steps": 2}), b"first")
+    (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)
+    claim(Run(tmp_path), make_recipe(training={"save_steps": 3, "gradient_checkpointing": True}), b"second")
+
+
 def test_another_run_in_the_folder_is_refused_naming_the_keys(tmp_path, make_recipe):
     claim(Run(tmp_path), make_recipe(), b"first")
     (tmp_path / "checkpoints" / "step-000001").mkdir(parents=True)

@@ -75,8 +75,10 @@ def test_an_error_of_the_thread_is_raised_at_the_next_call_or_at_the_end(meet):
 
 
 def test_the_blocks_own_error_goes_first():
+    writer = Writer()
     with pytest.raises(ValueError, match="mine"):
-        use(Writer(), lambda writer: writer.start(fail), broken)
+        use(writer, lambda writer: writer.start(fail), broken)
+    assert "is full" in str(writer.failure), "what was not written must not be lost beside it"
 
 
 def test_what_is_begun_is_finished_when_the_block_fails():
