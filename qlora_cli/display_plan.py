@@ -95,14 +95,26 @@ def advice(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
         yield "fits", f"{needed} of {size(budget)}"
         yield from largest(result)
         return
-    yield "too large", f"{needed}, and the device has {size(budget)}"
+    context = result["memory"]["context_bytes"]
+    about = "about " if result["memory"]["by_proportion"] else ""
+    yield "too large", f"{about}{needed}, and the device has {size(budget)}"
+    if context > budget:
+        yield "change", f"no key makes it fit: the device's own context alone takes {size(context)}"
+        return
     for at, change in enumerate(result["changes"]):
         keys = in_words({change["key"]: change["value"]})
         yield "" if at else "change", f"{keys}, and it takes {size(change['num_bytes'])}"
     if together := result["together"]:
-        told = "fits" if together["num_bytes"] <= budget else "does not fit either"
-        what = f"no key makes it fit alone; {in_words(together['keys'])} together take {size(together['num_bytes'])}"
-        yield "change", f"{what}, which {told}"
+        yield "change", several(together["keys"], together["num_bytes"], budget)
+
+
+def several(keys: dict[str, Any], num_bytes: int, budget: int) -> str:
+    """What keys come to of which none is enough alone."""
+    if not keys:
+        return "no key makes it smaller"
+    told = "fits" if num_bytes <= budget else "does not fit either"
+    take = "together take" if len(keys) > 1 else "takes"
+    return f"no key makes it fit alone; {in_words(keys)} {take} {size(num_bytes)}, which {told}"
 
 
 def largest(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
@@ -110,10 +122,10 @@ def largest(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     rows, length = result["largest"]["micro_batch_size"], result["largest"]["length"]
     batch, kind = result["batch"], result["device"]["kind"]
     if rows:
-        more = " or more" if rows == MOST_ROWS[kind] else ""
+        more = " or more" if rows >= MOST_ROWS[kind] else ""
         yield "largest", f"training.micro_batch_size {rows:,}{more}, of rows of {batch['tokens']:,} tokens"
     if length:
-        more = " or more" if length == MOST_TOKENS[kind] else ""
+        more = " or more" if length >= MOST_TOKENS[kind] else ""
         if length + LENGTH_STEP > (result["whole_length"] or math.inf):
             more = ", all that the model reads"
         yield "" if rows else "largest", f"rows of {length:,} tokens{more}, {batch['rows']:,} at once"

@@ -32,8 +32,15 @@ class Together:
     num_bytes: int
 
 
+ROWS, RANK = "training.micro_batch_size", "adapter.r"
+"""Keys of which a smaller number takes less memory."""
+
+LEAST_RANK = 8
+"""No lower rank is offered: it makes hardly anything smaller still."""
+
 REPLACED: dict[str, tuple[str, ...]] = {
     "training.optimizer": ("paged_adamw_8bit", "adamw_8bit"),
+    "quantization.compute_dtype": ("bfloat16", "float16", "auto"),
     "quantization.data_type": ("nf4", "fp4", "int4", "nf2", "int2"),
 }
 """The value that takes less memory, and behind it those that it is not offered for."""
@@ -46,6 +53,15 @@ def offers(recipe: Recipe, recomputes_all: bool) -> Keys:
         section, _, name = key.partition(".")
         if getattr(getattr(recipe, section), name) not in values:
             found[key] = values[0]
+    return found
+
+
+def ranks(recipe: Recipe) -> list[int]:
+    """Lower ranks, each half of the one before; none for an adapter that goes on from another, which has its own."""
+    rank, found = recipe.adapter.r, []
+    while recipe.adapter.from_ is None and rank >= 2 * LEAST_RANK:
+        rank //= 2
+        found.append(rank)
     return found
 
 

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora_cli.data.limits import Limits
 from qlora_cli.kernels.packed_attention import supports
 from qlora_cli.model.recompute import checkpointing_layers
 from qlora_cli.model.start import changes_base
-from qlora_cli.plan.advice import Change, Together, alone, changed, length_keys, offers
+from qlora_cli.plan.advice import RANK, ROWS, Change, Keys, Together, alone, changed, length_keys, offers, ranks
 from qlora_cli.plan.allocator import reserved
 from qlora_cli.plan.meta_base import MetaModel, meta_model
 from qlora_cli.plan.optimizer_memory import optimizer_state
 from qlora_cli.plan.rehearsal import Peak, Shape, layers_checkpointed, rehearse_model
-from qlora_cli.plan.search import largest_within, least_within
+from qlora_cli.plan.run_length import Rows, longest_row, num_steps, num_tokens
+from qlora_cli.plan.search import largest_within
 from qlora_cli.recipe import Recipe
 
 CONTEXT_BYTES = {"cuda": 600 << 20, "cpu": 0}
@@ -29,12 +28,17 @@ MOST_TOKENS = {"cpu": 1 << 14, "cuda": 1 << 17}
 """The largest micro-batch and the longest row that are looked for. On a CPU, which larger ones make no faster, rows are
 multiplied tile by tile, each of which is rehearsed."""
 
+MOST_CELLS = {"cpu": 1 << 15, "cuda": 1 << 19}
+"""Tokens of a micro-batch that is rehearsed; what larger ones take follows by proportion. Seconds on either device, and
+far below the size from which on tensors of integers are shapes alone (ledger.REAL_BYTES), which no step survives."""
+
 
 @dataclass(frozen=True)
 class Memory:
     """A peak and what surrounds it. peak: by kind, the optimizer's state in it. host_bytes: paged state in the host.
 
-    reserved_bytes: what the allocator holds for it. context_bytes: the device's own.
+    reserved_bytes: what the allocator holds for it. context_bytes: the device's own. by_proportion: the micro-batch was
+    too large to be rehearsed, and two smaller ones tell what it takes.
     """
 
     peak: Peak
@@ -43,6 +47,7 @@ class Memory:
     host_bytes: int
     checkpointed: int
     num_layers: int
+    by_proportion: bool = False
 
     @property
     def num_bytes(self) -> int:
@@ -64,26 +69,14 @@ class Disk:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """What is known of the prepared training rows: their number and all their tokens in an epoch, the longest one's.
-
-    total_steps: of the run, where their order is known.
-    """
-
-    number: int
-    num_tokens: int
-    longest: int
-    total_steps: int | None = None
-
-
-@dataclass(frozen=True)
 class Plan:
     """A run's figures. budget_bytes: of the device, None where none is named.
 
     largest_rows: the largest micro-batch that fits at this length; largest_length: the longest row that fits in this
     micro-batch, in LENGTH_STEP; None where they were not looked for. whole_length: the longest that the model reads at
     once, None where its config does not say. steps, tokens: None where the rows are not known.
-    changes: each of which makes the run fit, where it does not. together: all of them, where none does alone.
+    changes: each of which makes the run fit, where it does not. together: several, where none does alone; None too
+    where the device's own context is larger than the device.
     """
 
     memory: Memory
@@ -123,7 +116,11 @@ def plan(recipe: Recipe, config: Any, kind: str, budget_bytes: int | None = None
     found = Plan(memory, disk, steps, tokens, budget_bytes, whole_length=stage.whole_length)
     if budget_bytes is None:
         return found
+    if memory.context_bytes > budget_bytes:
+        return replace(found, largest_rows=0, largest_length=0)
     number, longest = stage.largest_rows(budget_bytes, length), stage.largest_length(budget_bytes)
+    if found.fits:  # never less than what is planned: the search has an end, and steps
+        number, longest = max(number, recipe.training.micro_batch_size), max(longest, length)
     found = replace(found, largest_rows=number, largest_length=longest)
     if found.fits:
         return found
@@ -151,6 +148,8 @@ class Rehearsals:
     def memory(self, number: int, length: int, checkpointed: int | None = None) -> Memory:
         """That of a micro-batch of `number` rows, all as long as they may be; a padded one has a mask."""
         layers = self.checkpointed if checkpointed is None else checkpointed
+        if number * length > MOST_CELLS[self.kind]:
+            return self._by_proportion(number, length, layers)
         key = (number, length, layers)
         if key not in self._known:
             shorter = length if self.packed else max(2, length - 1)
@@ -158,6 +157,30 @@ class Rehearsals:
             peak = rehearse_model(self.found, self.recipe, shape, self.kind, layers)
             self._known[key] = with_optimizer(self.recipe, self.found.model, peak, self.kind, (layers, self.num_layers))
         return self._known[key]
+
+    def _by_proportion(self, number: int, length: int, layers: int) -> Memory:
+        """What too many tokens take: on the line through half the most that are rehearsed and the most.
+
+        Of whole rows where two of them can be; else of as many tokens in one row. Memory is convex in tokens, so that
+        no less is needed.
+        """
+        most = MOST_CELLS[self.kind] // length
+        if number > 1 and most > 1:
+            few, many = (self.memory(rows, length, layers) for rows in (most // 2, most))
+            far = (number - most // 2) / (most - most // 2)
+        else:
+            most = MOST_CELLS[self.kind]
+            few, many = (self.memory(1, tokens, layers) for tokens in (most // 2, most))
+            far = (number * length - most // 2) / (most - most // 2)
+
+        def at(low: int, high: int) -> int:
+            return round(low + (high - low) * far)
+
+        by_kind = {kind: at(few.peak.by_kind[kind], num_bytes) for kind, num_bytes in many.peak.by_kind.items()}
+        shape = Shape((length,) * min(number, 2), self.packed)  # all rows are alike, and there may be millions
+        reserved_bytes = at(few.reserved_bytes, many.reserved_bytes)
+        peak = replace(many.peak, by_kind=by_kind, shape=shape)
+        return replace(many, peak=peak, reserved_bytes=reserved_bytes, by_proportion=True)
 
     def largest_rows(self, budget_bytes: int, length: int) -> int:
         """The largest micro-batch of rows of that length; 0: none fits."""
@@ -168,14 +191,6 @@ class Rehearsals:
         number, most = self.recipe.training.micro_batch_size, max(1, self.most_tokens // LENGTH_STEP)
         steps = largest_within(lambda n: self.memory(number, n * LENGTH_STEP).num_bytes, budget_bytes, most)
         return steps * LENGTH_STEP
-
-    def fewest_checkpointed(self, budget_bytes: int, number: int, length: int) -> int | None:
-        """The fewest layers, from the first on, whose recomputing makes a micro-batch fit; None: it never does."""
-
-        def cost(layers: int) -> int:
-            return self.memory(number, length, layers).num_bytes
-
-        return least_within(cost, budget_bytes, self.num_layers)
 
 
 def rehearsals(recipe: Recipe, config: Any, kind: str) -> Rehearsals:
@@ -195,28 +210,22 @@ def with_optimizer(recipe: Recipe, model: Any, peak: Peak, kind: str, layers: tu
     return Memory(replace(whole, there=(), events=()), held, CONTEXT_BYTES[kind], state.host_bytes, *layers)
 
 
-def longest_row(recipe: Recipe, rows: Rows | None) -> int:
-    """Tokens of the longest row that a run may see."""
-    allowed = Limits.of(recipe.data, recipe.model.task).longest
-    filled = recipe.data.packing is True  # whose rows are as long as allowed, whatever they are filled with
-    return allowed if rows is None or filled else max(2, min(allowed, rows.longest))
-
-
 # ── advice ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def changes(recipe: Recipe, config: Any, stage: Rehearsals, found: Plan, length: int) -> list[Change]:
     """Changes to the recipe each of which alone makes the run fit, every one of them rehearsed; the mildest first."""
     number, budget = recipe.training.micro_batch_size, found.budget_bytes or 0
-    keys = offers(recipe, stage.checkpointed == stage.num_layers)
 
     def rehearse(changed_recipe: Recipe, tokens: int) -> int:
-        return rehearsals(changed_recipe, config, stage.kind).memory(number, tokens).num_bytes
+        return alike(stage, changed_recipe, config).memory(number, tokens).num_bytes
 
-    told = alone(recipe, keys, length, budget, rehearse)
+    told = alone(recipe, offers(recipe, stage.checkpointed == stage.num_layers), length, budget, rehearse)
     if found.largest_rows:
         fewer = stage.memory(found.largest_rows, length)
-        told.append(Change("training.micro_batch_size", found.largest_rows, fewer.num_bytes))
+        told.append(Change(ROWS, found.largest_rows, fewer.num_bytes))
+    lower = (alone(recipe, {RANK: rank}, length, budget, rehearse) for rank in ranks(recipe))
+    told += next(filter(None, lower), [])  # one by one: below some rank bitsandbytes pages no state, and it takes more
     if found.largest_length:
         shorter = stage.memory(number, found.largest_length)
         keys = length_keys(recipe, found.largest_length)
@@ -225,16 +234,39 @@ def changes(recipe: Recipe, config: Any, stage: Rehearsals, found: Plan, length:
 
 
 def all_changes(recipe: Recipe, config: Any, stage: Rehearsals, budget_bytes: int, length: int) -> Together:
-    """All changes at once, with one row in a micro-batch, and shorter rows where it does not fit otherwise."""
-    keys = offers(recipe, stage.checkpointed == stage.num_layers) | {"training.micro_batch_size": 1}
-    least = rehearsals(changed(recipe, keys), config, stage.kind)
-    memory = least.memory(1, length)
-    if memory.num_bytes > budget_bytes and (longest := least.largest_length(budget_bytes)):
-        return Together(keys | length_keys(recipe, longest), least.memory(1, longest).num_bytes)
+    """Changes one after the other, the mildest first, until it fits; those that make nothing smaller are left out.
+
+    In the end rows are shorter; where nothing is enough they are as short as a plan has them.
+    """
+    least, keys = stage, dict[str, Any]()
+    memory = stage.memory(recipe.training.micro_batch_size, length)
+    steps: list[Keys] = [{key: value} for key, value in offers(recipe, stage.checkpointed == stage.num_layers).items()]
+    for step in [*steps, {ROWS: 1}, *({RANK: rank} for rank in ranks(recipe))]:
+        tried = alike(stage, changed(recipe, keys | step), config)
+        found = tried.memory(tried.recipe.training.micro_batch_size, length)
+        if (found.num_bytes, found.peak.num_bytes) < (memory.num_bytes, memory.peak.num_bytes):
+            least, keys, memory = tried, keys | step, found
+        if memory.num_bytes <= budget_bytes:
+            if ROWS in step:
+                rows = least.largest_rows(budget_bytes, length)
+                keys, memory = keys | {ROWS: rows}, least.memory(rows, length)
+            return Together(keys, memory.num_bytes)
+    longest = min(length, least.largest_length(budget_bytes) or LENGTH_STEP)
+    shorter = least.memory(least.recipe.training.micro_batch_size, longest)
+    if longest < length and (length_key := length_keys(recipe, longest)):
+        return Together(keys | length_key, shorter.num_bytes)
     return Together(keys, memory.num_bytes)
 
 
-# ── disk and length of the run ───────────────────────────────────────────────────────────────────────────────────────
+def alike(stage: Rehearsals, recipe: Recipe, config: Any) -> Rehearsals:
+    """Those of a changed recipe, with as many layers recomputed at least."""
+    found = rehearsals(recipe, config, stage.kind)
+    found.checkpointed = max(found.checkpointed, stage.checkpointed)
+    found.packed = stage.packed
+    return found
+
+
+# ── disk ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def disk_of(recipe: Recipe, memory: Memory, model: Any) -> Disk:
@@ -244,29 +276,3 @@ def disk_of(recipe: Recipe, memory: Memory, model: Any) -> Disk:
     best = kinds["adapter"] if recipe.evaluation.best_metric is not None else 0
     base = kinds["weights"] if changes_base(recipe.adapter) else 0
     return Disk(one * (recipe.training.save_total_limit + 1), kinds["adapter"] + best, base)
-
-
-def num_steps(recipe: Recipe, rows: Rows | None) -> int | None:
-    """Optimizer steps of the run on one device; with filled rows as many as their tokens need at least."""
-    training = recipe.training
-    if training.max_steps is not None or rows is None:
-        return training.max_steps
-    if rows.total_steps is not None:
-        return rows.total_steps
-    units = rows.number
-    if recipe.data.packing is True:
-        units = math.ceil(rows.num_tokens / recipe.data.max_length)
-    return math.ceil(
-        math.ceil(units / (training.micro_batch_size * training.gradient_accumulation_steps)) * training.epochs
-    )
-
-
-def num_tokens(recipe: Recipe, rows: Rows | None, steps: int | None) -> int | None:
-    """Tokens that the model reads in training, without padding."""
-    training = recipe.training
-    if rows is None or steps is None:
-        return None
-    if training.max_steps is None:
-        return math.ceil(rows.num_tokens * training.epochs)
-    units = steps * training.micro_batch_size * training.gradient_accumulation_steps
-    return units * recipe.data.max_length if recipe.data.packing is True else units * rows.num_tokens // rows.number

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,14 @@ from qlora_cli.data.readers import DataFile
 from qlora_cli.data.sources import resolve
 from qlora_cli.data.statistics import statistics
 from qlora_cli.errors import UserError
-from qlora_cli.model.base import Found, find_base, load_config
+from qlora_cli.model.base import Found, load_config
+from qlora_cli.model.checks import check_start_token
+from qlora_cli.model.heads import set_padding
 from qlora_cli.model.prequantized import refuse_start, refuse_storage_keys
 from qlora_cli.model.source import check_config, download, locate, read_config
 from qlora_cli.model.tokenizer import load_tokenizer, stop_token_ids
-from qlora_cli.plan.memory import Rows
 from qlora_cli.plan.preview import from_here, load
+from qlora_cli.plan.run_length import Rows
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import is_local
 from qlora_cli.recipe.schema import Model
@@ -24,6 +27,10 @@ from qlora_cli.train.report import Report
 
 CHEAP_BYTES = 16 << 20
 """Files of rows that are prepared without being asked for, together."""
+
+
+VOCABULARIES = ("tokenizer.json", "vocab*", "merges.txt", "*.model", "*.tiktoken")
+"""Files of which a tokenizer has one at least, if it has any: those of bytes have none, and load without."""
 
 
 def config_of(recipe: Recipe) -> tuple[Path, Any]:
@@ -66,16 +73,31 @@ def rows_of(recipe: Recipe, base: tuple[Path, Any], wanted: bool | None, report:
     if recipe.data.train[0].streaming:
         return None, "they are streamed"
     if wanted:
-        return counted(recipe, find_base(recipe), report), ""
+        folder, config = base
+        if not os.path.isdir(recipe.model.name_or_path):
+            folder = locate(recipe.model)  # with the tokenizer: of a hub model there is the config alone so far
+        return counted(recipe, read_by(recipe, folder, config), report), ""
     try:
         if reason := why_costly(recipe):
             return None, f"{reason}; --rows reads them"
-        folder, config = base
-        tokenizer = load_tokenizer(folder, recipe.model)
-        known = (folder, tokenizer, stop_token_ids(folder, tokenizer), config, recipe.model.task)
-        return counted(recipe, Found(*known), report), ""
+        return counted(recipe, read_by(recipe, *base), report), ""
     except UserError as error:
         return None, f"{from_here(error.where)}: {error.what}"
+
+
+def read_by(recipe: Recipe, folder: Path, config: Any) -> Found:
+    """As model.base.find_base, of a folder that needs no weights."""
+    config = copy.deepcopy(config)
+    try:
+        tokenizer = load_tokenizer(folder, recipe.model)
+    except UserError as error:
+        if any(path for pattern in VOCABULARIES for path in folder.glob(pattern)):
+            raise
+        todo = "put the tokenizer's files into the model folder, or plan with --no-rows"
+        raise UserError(folder, "no tokenizer beside config.json", todo) from error
+    set_padding(config, tokenizer, recipe.model.task)
+    check_start_token(config, recipe.model.task)
+    return Found(folder, tokenizer, stop_token_ids(folder, tokenizer), config, recipe.model.task)
 
 
 def why_costly(recipe: Recipe) -> str:

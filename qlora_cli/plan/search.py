@@ -46,12 +46,3 @@ def _meets(through: tuple[int, int], known: dict[int, int], budget: int, most: i
     fits = second if known[second] <= budget else first
     at = first + (second - first) * (budget - known[first]) // rise if rise > 0 else most
     return min(max(at, fits + 1), most)
-
-
-def least_within(cost: Callable[[int], int], budget: int, most: int) -> int | None:
-    """The least number from 0 to `most` with cost(number) <= budget, for a cost that never rises; None: none."""
-    if cost(0) <= budget:
-        return 0
-    if most == 0 or cost(most) > budget:
-        return None
-    return most - max(0, largest_within(lambda less: cost(most - less), budget, most - 1))

@@ -7,9 +7,10 @@ from typing import Any
 
 from qlora_cli.model.heads import TASKS
 from qlora_cli.plan import memory
-from qlora_cli.plan.memory import Memory, Plan, Rows
+from qlora_cli.plan.memory import MOST_CELLS, Memory, Plan
 from qlora_cli.plan.meta_base import compute_dtype
 from qlora_cli.plan.reading import config_of, rows_of
+from qlora_cli.plan.run_length import Rows
 from qlora_cli.plan.target import Target, target_of
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.remote import with_whole_paths
@@ -64,6 +65,7 @@ def memory_told(memory: Memory) -> dict[str, Any]:
         "peak_at": memory.peak.where,
         "layers_recomputed": memory.checkpointed,
         "layers": memory.num_layers,
+        "by_proportion": memory.by_proportion,
     }
 
 
@@ -75,6 +77,8 @@ def assumptions(recipe: Recipe, target: Target, found: Plan, rows: Rows | None, 
     else:
         told.append("the longest rows in one micro-batch")
     told.append("all tokens of them trained")
+    if found.memory.by_proportion:
+        told.append(f"what is beyond {MOST_CELLS[target.kind]:,} tokens at once by proportion")
     if recipe.training.gradient_checkpointing == "auto" and found.memory.checkpointed:
         told.append("every layer recomputed: auto recomputes fewer where there is room")
     if len(shape.lengths) > 1 and shape.packed and recipe.data.packing == "auto":

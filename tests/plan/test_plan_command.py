@@ -93,7 +93,7 @@ def test_the_config_of_a_hub_model_gives_a_page_of_80_columns_in_a_pipe(config_a
         assert any(line.startswith(start) for line in lines), start
     page = re.sub(r"\s+", " ", done.stdout)
     assert "model someone/llama, causal_lm, nf4 batch 2 rows of 256 tokens" in page
-    assert "an NVIDIA GPU of 24GiB: 25.77 GB" in page
+    assert "an NVIDIA GPU of 24 GiB: 25.77 GB" in page
     assert "3 of 3 layers recomputed" in page
     assert "rows were not read (rows.jsonl: no such file)" in page
     assert "of 25.77 GB" in page
@@ -105,7 +105,7 @@ def test_the_object_holds_the_figures_apart_and_they_add_up(recipe: Path, qlora:
     assert found["fits"] is True
     assert found["device"] == {
         "kind": "cuda",
-        "name": "an NVIDIA GPU of 24GiB",
+        "name": "an NVIDIA GPU of 24 GiB",
         "budget_bytes": 24 << 30,
         "here": False,
     }
@@ -159,7 +159,7 @@ def test_what_does_not_fit_ends_with_1_and_every_change_makes_it_fit(recipe: Pat
 
 
 def test_where_no_key_is_enough_all_of_them_are_told_together(recipe: Path, qlora: Qlora):
-    options = ("--gpu", "300MiB", "--set", "training.optimizer=adamw", "--set", "quantization.data_type=none")
+    options = ("--gpu", "620MiB", "--set", "training.optimizer=adamw", "--set", "quantization.data_type=none")
     found = told(qlora("plan", recipe, *options, "--json"), code=1)
     assert found["changes"] == []
     keys = found["together"]["keys"]
@@ -170,6 +170,25 @@ def test_where_no_key_is_enough_all_of_them_are_told_together(recipe: Path, qlor
     page = re.sub(r"\s+", " ", qlora("plan", recipe, *options).out)
     assert "no key makes it fit alone; training.optimizer: paged_adamw_8bit, quantization.data_type: nf4," in page
     assert "which does not fit either" in page
+
+
+def test_one_key_is_not_together_and_a_device_without_room_for_itself_is_told(recipe: Path, qlora: Qlora):
+    options = ("--no-rows", "--set", "training.micro_batch_size=1", "--set", "adapter.r=8")
+    options += ("--set", "data.max_length=128", "--set", "model.task=causal_lm")
+    page = re.sub(r"\s+", " ", qlora("plan", recipe, "--gpu", "620MiB", *options).out)
+    assert "no key makes it fit alone; data.max_length: 64 takes " in page
+    assert ", which does not fit either" in page
+    page = re.sub(r"\s+", " ", qlora("plan", recipe, "--gpu", "0.6GB", *options).out)
+    assert "no key makes it fit: the device's own context alone takes 0.63 GB" in page
+
+
+def test_a_micro_batch_beyond_all_measure_is_too_large_with_changes(recipe: Path, qlora: Qlora):
+    options = ("--gpu", "24GiB", "--no-rows", "--set", "training.micro_batch_size=100000")
+    found = told(qlora("plan", recipe, *options, "--json"), code=1)
+    assert found["memory"]["by_proportion"]
+    assert found["batch"] == {"rows": 100_000, "tokens": 256, "accumulated": 2}
+    assert 1 <= found["changes"][0]["value"] < 100_000
+    assert any(one.startswith("what is beyond 524,288 tokens at once") for one in found["assumed"])
 
 
 # ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -199,6 +218,29 @@ def test_rows_that_are_missing_are_told_and_an_error_where_they_were_asked_for(r
     assert (ended.code, ended.out) == (2, "")
 
 
+def test_rows_need_a_tokenizer_and_no_weights(tiny_model: Path, recipe_with_rows: Path, qlora: Qlora, tmp_path: Path):
+    folder = shutil.copytree(tiny_model, tmp_path / "light", ignore=shutil.ignore_patterns("*.safetensors"))
+    options = ("--gpu", "8GiB", "--json", "--set", f"model.name_or_path={folder}")
+    found = told(qlora("plan", recipe_with_rows, *options, "--rows"))
+    assert found["rows"] == told(qlora("plan", recipe_with_rows, "--gpu", "8GiB", "--json"))["rows"]
+    for path in [*folder.iterdir()]:
+        if path.name != "config.json":
+            path.unlink()
+    found = told(qlora("plan", recipe_with_rows, *options))
+    assert found["assumed"][0].endswith("rows were not read (light: no tokenizer beside config.json)")
+    ended = qlora("plan", recipe_with_rows, *options[:2], *options[3:], "--rows")
+    assert (ended.code, ended.out) == (2, "")
+    assert f"{folder}: no tokenizer beside config.json. Put the tokenizer's files into the model folder" in ended.err
+
+
+def test_rows_cannot_be_wanted_and_not_wanted(recipe: Path, qlora: Qlora):
+    ended = qlora("plan", recipe, "--rows", "--no-rows")
+    assert (ended.code, ended.err) == (
+        2,
+        "--rows, --no-rows: say the opposite of each other. Leave one of them out.\n",
+    )
+
+
 def test_rows_beyond_the_models_positions_are_not_planned(recipe: Path, qlora: Qlora):
     found = told(qlora("plan", recipe, "--gpu", "8GiB", "--set", "data.max_length=5000", "--json"))
     assert found["batch"]["tokens"] == 1024
@@ -220,16 +262,19 @@ def test_sizes_of_a_gpu(size: str, num_bytes: int):
     [
         ("24", "has no unit. Write 24GiB, if that is meant."),
         ("24576", "has no unit. Write 24576MiB, if that is meant."),
-        ("24TiB", "'tib' is no unit of a GPU's memory. Use GiB, GB or MiB: --gpu 24GiB."),
+        ("0.5TiB", "is in a unit of larger things. Write 512GiB, if that is meant."),
+        ("24,5GiB", "has a comma. Write 24.5GiB, if that is meant."),
+        ("24Gb/s", "is no size. Write a size such as 24GiB."),
+        ("24Parsec", "'Parsec' is no unit of a GPU's memory. Use GiB, GB or MiB: --gpu 24GiB."),
         ("24MiB", "is 25,165,824 bytes, less than any GPU has. Write a size such as 24GiB."),
         ("H100", "is no size. Write a size such as 24GiB."),
         ("-4GiB", "is no size. Write a size such as 24GiB."),
-        ("", "is no size. Write a size such as 24GiB."),
+        ("", "is empty. Write a size such as 24GiB."),
     ],
 )
 def test_a_size_that_is_none_is_told_with_what_to_write(size: str, message: str, recipe: Path, qlora: Qlora):
     ended = qlora("plan", recipe, f"--gpu={size}")
-    assert (ended.code, ended.out, ended.err) == (2, "", f"--gpu {size}: {message}\n")
+    assert (ended.code, ended.out, ended.err) == (2, "", f"--gpu {size or chr(34) * 2}: {message}\n")
 
 
 def test_models_without_a_config_are_told(recipe: Path, qlora: Qlora, tmp_path: Path):
