@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qlora_cli import commands
 from qlora_cli.display import QuietReport
+from qlora_cli.kernels.output_layer import PROVEN_ON
 from qlora_cli.recipe import Recipe
 from qlora_cli.train.optimizers import build_optimizer
 from tests.live_keys.bench import RATE, Bench, Live, Watch, becomes, watched
@@ -136,8 +137,8 @@ def deterministic(watch: Watch) -> set[bool]:
 
 
 def measured(watch: Watch) -> list[int]:
-    """The rows of each batch of the held-out evaluation."""
-    return [len(ids) for ids in watch.measured_batches]
+    """The rows of each batch of the held-out evaluation; not those by which a model's way with its logits is proven."""
+    return [len(ids) for ids in watch.measured_batches if ids.shape != PROVEN_ON]
 
 
 def decoded(bench: Bench, recipe: Recipe) -> int:
