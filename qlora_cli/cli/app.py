@@ -90,7 +90,7 @@ def recipe_of(target: Path, overrides: list[str] | None) -> Recipe:
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """For imports of torch and its friends: without the garbage collector they take three quarters of the time.
+    """For imports of torch and its friends: without the garbage collector they take less time.
 
     It would go through their million objects again and again, finds nothing, and is spared them for good.
     """

@@ -1,8 +1,8 @@
 """Causal attention in 16 bits on a CPU, with a backward pass of matrix products.
 
-torch's forward kernel is kept, with the logarithms of row sums that it returns. Its backward kernel for CPUs (2.13) was
-a fifth of a step of a small Llama; this one takes 0.6 of its time up to 512 tokens, and as long at 2,048. Equations:
-FlashAttention-2 (Dao 2023), section 3.1.2; scores are in fp32, as there.
+torch's forward kernel is kept, with the logarithms of row sums that it returns; its backward kernel for CPUs (2.13) is
+slow up to some thousand tokens (`scripts/bench/pieces.py`). Equations: FlashAttention-2 (Dao 2023), section 3.1.2;
+scores are in fp32, as there.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ LARGEST = 32 * 1024**2  # bytes; glibc takes no larger M_MMAP_THRESHOLD
 def keep_freed_memory(device_type: str) -> bool:
     """Lets the process keep what it frees, on a CPU under glibc; returns whether that was set.
 
-    By default glibc gives large blocks back to the kernel and gets them again as zeroed pages, every step: 5 to 6% of
-    a step's CPU time on a small Llama, for which the process now holds 3 to 4% more memory. To be called once the base
+    By default glibc gives large blocks back to the kernel and gets them again as zeroed pages, every step: some
+    percent of a step's CPU time, for which the process holds some percent more memory. To be called once the base
     is loaded, lest what that took is kept as well.
     """
     if device_type != "cpu" or platform.libc_ver()[0] != "glibc":

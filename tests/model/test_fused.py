@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from qlora_cli.model.fused import Fused, frozen_weight
 from qlora_cli.model.owner import Owner
 from qlora_cli.tasks.causal_lm import collate
 from qlora_cli.tasks.table import target_losses
-from tests.model.tiny_adapters import CPU, DTYPES, ROWS, assert_close, built, by_peft, counted, fused_layers, step
+from tests.model.tiny_adapters import CPU, DTYPES, ROWS, assert_close, by_peft, fused_layers, step
 from tests.tiny import write_tiny_model
 
 DATA_TYPES: dict[str, dict[str, Any]] = {
@@ -30,21 +29,6 @@ DATA_TYPES["mixed"] = {
     "data_type": "nf4",
     "overrides": {"*q_proj": "int2", "*up_proj": "none", "*.1.*down_proj": "nf2"},
 }
-
-
-@pytest.fixture
-def build(make_recipe) -> Callable[..., tuple[Base, Any]]:
-    """Makes a quantised base and its adapter; keyword arguments are of the recipe's adapter."""
-
-    def made(quantization: Any = None, model: Any = None, **adapter: Any) -> tuple[Base, Any]:
-        return built(make_recipe, quantization or {}, model or {}, adapter)
-
-    return made
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[float]:
-    return counted(monkeypatch)
 
 
 def exactly(base: Base, model: Any, packed: bool = False) -> list[Tensor]:

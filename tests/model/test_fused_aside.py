@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
 from typing import Any
 
@@ -12,24 +11,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qlora_cli.model.base import Base
 from qlora_cli.model.fused import cast_once, fuse_adapter
-from tests.model.tiny_adapters import IDS, built, by_peft, counted, fused_layers, randomised, step
-
-
-@pytest.fixture
-def build(make_recipe) -> Callable[..., tuple[Base, Any]]:
-    """Makes a quantised base and its adapter; keyword arguments are of the recipe's adapter."""
-
-    def made(quantization: Any = None, model: Any = None, **adapter: Any) -> tuple[Base, Any]:
-        return built(make_recipe, quantization or {}, model or {}, adapter)
-
-    return made
-
-
-@pytest.fixture
-def calls(monkeypatch) -> list[float]:
-    return counted(monkeypatch)
+from tests.model.tiny_adapters import IDS, by_peft, fused_layers, randomised, step
 
 
 @pytest.mark.parametrize("data_type", ["none", "nf4"])
