@@ -41,7 +41,7 @@ def reference_lora_linear(
 def lora_linear(x: Tensor, base: FrozenWeight, a: Tensor, b: Tensor, scaling: float, p: float = 0.0) -> Tensor:
     """x (..., in) to (..., out), all in x's dtype; gradients go to x, a (r, in) and b (out, r).
 
-    p: the share of x's elements that dropout keeps from the adapter, as many others as calls before drew.
+    p: the probability with which dropout hides an element of x from the adapter, drawn anew in every call.
     """
     keep, kept_share = (None, 1.0) if p == 0 else keep_mask(x.shape[:-1].numel(), x.shape[-1], p, x.device)
     bias = None if base.bias is None else base.bias.to(x.dtype)

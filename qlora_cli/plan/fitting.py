@@ -69,7 +69,7 @@ class Rehearsed:
 
 
 class Fitting:
-    """A run's planner: `chosen` is what it said first."""
+    """A run's planner. chosen: the number of layers that fits, None where not even all of them do."""
 
     def __init__(self, recipe: Recipe, room: Callable[[torch.device], Room] = room_on) -> None:
         # rehearsed with all layers recomputed where nothing else is asked for, as changes to the recipe are

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from qlora_cli.errors import UserError
+from qlora_cli.train.room import room_on
 
 UNITS = {"gib": 1 << 30, "g": 1 << 30, "gb": 10**9, "mib": 1 << 20, "mb": 10**6}
 """Bytes by unit. A card sold as 24 GB has 24 GiB."""
@@ -41,7 +40,8 @@ def target_of(gpu: str | None) -> Target:
         return Target("cuda", f"an NVIDIA GPU of {number:.10g} {unit}", budget_bytes, here=False)
     if torch.cuda.is_available():
         return Target("cuda", torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1], here=True)
-    return Target("cpu", "the CPU, with the memory that is free now", available_bytes(), here=True)
+    free = room_on(torch.device("cpu")).free_bytes
+    return Target("cpu", "the CPU, with the memory that is free now", free, here=True)
 
 
 def size_of(text: str) -> int:
@@ -70,21 +70,3 @@ def parsed(text: str) -> tuple[float, str]:
     if unit.lower() not in UNITS:
         raise UserError(where, f"{unit!r} is no unit of a GPU's memory", "use GiB, GB or MiB: --gpu 24GiB")
     return float(number), WRITTEN[unit.lower()]
-
-
-def available_bytes() -> int:
-    """Memory that a new process may take: what the system has free or can free, within the limit of a container."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration):  # no Linux
-        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return min([free, *_limits()])
-
-
-def _limits() -> list[int]:
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
-    except OSError:
-        return []
-    return [int(limit)] if limit.isdigit() else []
