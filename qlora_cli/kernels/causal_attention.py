@@ -1,8 +1,8 @@
-"""Causal attention in 16 bits on a CPU, with a backward pass of matrix products.
+"""Causal attention in 16 bits on a CPU, of matrix products.
 
-torch's forward kernel is kept, with the logarithms of row sums that it returns; its backward kernel for CPUs (2.13) is
-slow up to some thousand tokens (`scripts/bench/pieces.py`). Equations: FlashAttention-2 (Dao 2023), section 3.1.2;
-scores are in fp32, as there.
+torch's kernels for CPUs (2.13) take 16-bit numbers at a fraction of the speed of its matrix products up to some
+thousand tokens (`scripts/bench/pieces.py`). Equations: FlashAttention-2 (Dao 2023), section 3.1; scores are in fp32, as
+there, and of so few queries at once that a softmax of whole rows is computed, in backward again.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ ROWS = 64
 
 def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
     """query (1, H, T, D), key and value (1, H_kv, T, D), H a multiple of H_kv, to (1, H, T, D)."""
-    trained = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
     slow = query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[2] >= SHORTEST
-    if not (trained and slow and query.shape[3] == value.shape[3]):
+    if not slow or query.shape[3] != value.shape[3]:
         gqa = query.shape[1] != key.shape[1]
         return scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale, enable_gqa=gqa)
     output: Tensor = _CausalAttention.apply(query, key, value, query.shape[3] ** -0.5 if scale is None else scale)
@@ -35,22 +34,28 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float | N
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-        group = query.shape[1] // key.shape[1]
-        repeated = (tensor.repeat_interleave(group, dim=1) if group > 1 else tensor for tensor in (key, value))
-        output, logsumexp = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            query, *repeated, 0.0, True, scale=scale
-        )
-        ctx.save_for_backward(query, key, value, output, logsumexp)
+        length, kv_heads, dtype = query.shape[2], key.shape[1], query.dtype
+        group, wide = query.shape[1] // kv_heads, torch.promote_types(dtype, torch.float32)
+        q = _by_query(query, kv_heads)
+        q_wide, k_wide, v = q.to(wide) * scale, key[0].to(wide).transpose(1, 2), value[0]
+        output = torch.empty_like(q)
+        for begin in range(0, length, ROWS):
+            end = min(begin + ROWS, length)
+            rows = slice(begin * group, end * group)
+            p = _attended(q_wide[:, rows], k_wide[:, :, :end], group)
+            output[:, rows] = torch.bmm(p.to(dtype), v[:, :end])
+        output = output.view(kv_heads, length, group, -1).transpose(1, 2).reshape(query.shape)
+        ctx.save_for_backward(query, key, value, output)
         ctx.scale = scale
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        query, key, value, output, logsumexp = ctx.saved_tensors
+        query, key, value, output = ctx.saved_tensors
         length, kv_heads, dtype = query.shape[2], key.shape[1], query.dtype
         group, wide = query.shape[1] // kv_heads, torch.promote_types(dtype, torch.float32)
-        q, grad, output, shift = (_by_query(x, kv_heads) for x in (query, grad, output, logsumexp.unsqueeze(3)))
+        q, grad, output = (_by_query(x, kv_heads) for x in (query, grad, output))
         k, v = key[0], value[0]
         less = (grad.to(wide) * output).sum(dim=2, keepdim=True)
         # subtracted inside of the product, before its sum is rounded: as two numbers of 16 bits it has all of its own
@@ -63,9 +68,7 @@ class _CausalAttention(torch.autograd.Function):
         for begin in range(0, length, ROWS):
             end = min(begin + ROWS, length)
             rows = slice(begin * group, end * group)
-            p = torch.baddbmm(shift[:, rows], q_wide[:, rows], k_wide[:, :, :end], beta=-1)
-            _hide_later(p.view(kv_heads, -1, group, end)[..., begin:])
-            p.exp_()
+            p = _attended(q_wide[:, rows], k_wide[:, :, :end], group)
             ds = torch.bmm(grad_and_less[:, rows], v_and_ones[:, :end].transpose(1, 2)).to(wide)
             ds = ds.mul_(p).to(dtype)
             grad_v[:, :end] += torch.bmm(p.to(dtype).transpose(1, 2), grad[:, rows])
@@ -81,7 +84,13 @@ def _by_query(tensor: Tensor, kv_heads: int) -> Tensor:
     return tensor.reshape(kv_heads, heads // kv_heads, length, size).transpose(1, 2).reshape(kv_heads, -1, size)
 
 
-def _hide_later(scores: Tensor) -> None:
-    """Minus infinity where a key is behind its query; scores (H_kv, n, G, n) of the same n queries and keys."""
-    later = torch.ones(scores.shape[1], scores.shape[3], dtype=torch.bool).triu(1)
-    scores.masked_fill_(later.unsqueeze(1), -torch.inf)
+def _attended(q: Tensor, k: Tensor, group: int) -> Tensor:
+    """Weights (H_kv, n * G, T) by which the last n queries look at the keys up to them.
+
+    q (H_kv, n * G, D), k (H_kv, D, T).
+    """
+    scores = torch.bmm(q, k)
+    number = q.shape[1] // group
+    later = torch.ones(number, number, dtype=torch.bool).triu(1)
+    scores.view(len(q), number, group, -1)[..., -number:].masked_fill_(later.unsqueeze(1), -torch.inf)
+    return scores.softmax(dim=2)
