@@ -39,6 +39,14 @@ def print_lines(console: Console, lines: Any) -> None:
         console.print(Text(f"{label:<{LABEL}}" + f"\n{'':<{LABEL}}".join(parts)), soft_wrap=True)
 
 
+IN_HOST_MEMORY = {
+    "weights": "weights",
+    "optimizer": "paged state of the optimizer",
+    "activations": "inputs of recomputed layers",
+}
+"""What kinds of memory are called that lie in the host's."""
+
+
 def heading(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """What is planned, and for which device."""
     batch, device = result["batch"], result["device"]
@@ -69,8 +77,11 @@ def around(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     memory, disk = result["memory"], result["disk"]
     recomputed = f"{memory['layers_recomputed']} of {count(memory['layers'], 'layer')} recomputed"
     yield "peak", f"at {size(memory['allocated_bytes'])}, {memory['peak_at']}; {recomputed}"
+    if memory["kept_dequantised_bytes"]:
+        yield "kept", f"{size(memory['kept_dequantised_bytes'])} of the weights are dequantised ones that stay"
     if memory["host_bytes"]:
-        yield "host", f"{size(memory['host_bytes'])} for the paged state of the optimizer"
+        parts = [f"{size(num_bytes)} {IN_HOST_MEMORY[kind]}" for kind, num_bytes in memory["host_by_kind"].items()]
+        yield "host", f"{size(memory['host_bytes'])} in host memory: {', '.join(parts)}"
     parts = [f"{size(disk[part])} {part}" for part in ("checkpoints", "adapter", "base") if disk[part]]
     yield "disk", f"{size(disk['bytes'])} in {result['output_dir']}: {', '.join(parts)}"
     yield "run", length_of_run(result)

@@ -1,11 +1,14 @@
-"""The table of docs/plan.md: LLaMA's four sizes as `qlora plan` has them, beside the QLoRA paper's figures.
+"""The tables of docs/plan.md: LLaMA's four sizes as `qlora plan` has them, beside the QLoRA paper's figures.
 
     python scripts/plan_table.py [7B 13B 33B 65B]
+    python scripts/plan_table.py --memory
 
 Shapes are LLaMA's and stand below: no weights, no network, no GPU. One row of 512 tokens, r 64 on all linear layers,
 NF4 with double quantisation, bf16, every layer recomputed, paged 8-bit AdamW whose state is in the host's memory. The
 16-bit column is the same with data_type none. Full finetuning is arithmetic: 16 bytes for each weight (bf16 weight and
 gradient, fp32 master and two moments) and the activations and temporaries of the 16-bit rehearsal.
+
+--memory: Llama-3-8B by training.memory, r 16, one row, every layer recomputed; what a GPU holds, and what the host.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LlamaConfig
 
+from qlora_cli.plan.memory import plan
 from qlora_cli.plan.meta_base import meta_model
 from qlora_cli.plan.rehearsal import KINDS, Peak, Shape, rehearse_model
 from qlora_cli.recipe import Recipe
@@ -57,11 +61,16 @@ def main() -> None:
     """Prints the table, then the 4-bit column by kind, then what the rehearsals cost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("sizes", nargs="*", metavar="SIZE", help=f"of {', '.join(SHAPES)}; all without")
-    names = parser.parse_args().sizes or [*SHAPES]
+    parser.add_argument("--memory", action="store_true", help="the table of training.memory instead")
+    options = parser.parse_args()
+    names = options.sizes or [*SHAPES]
     if unknown := set(names) - SHAPES.keys():
         parser.error(f"no size of LLaMA: {', '.join(sorted(unknown))}; choose from {', '.join(SHAPES)}")
     torch.set_num_threads(1)
     warnings.simplefilter("ignore", FutureWarning)
+    if options.memory:
+        by_memory()
+        return
     lines = [line_of(name) for name in names]
     print("| | plan, NF4 | paper, NF4 | 16-bit LoRA | full finetuning |\n|---|---|---|---|---|")
     for line in lines:
@@ -75,6 +84,20 @@ def main() -> None:
     for line in lines:
         layers = SHAPES[line.name][2]
         print(f"rehearsal of {line.name}, {layers} layers: {line.rehearsal_s:.1f} CPU s after imports")
+
+
+LENGTHS = (512, 2048, 8192)
+
+
+def by_memory() -> None:
+    """A line for each value of training.memory and length of the row."""
+    print("| training.memory | tokens | allocated | reserved | of it weights | in host memory |")
+    print("|---|---|---|---|---|---|")
+    for value in ("auto", "offload", "lean", "fast"):
+        for length in LENGTHS:
+            memory = plan(recipe_of("nf4", length, value, r=16), LLAMA_3_8B, "cuda").memory
+            held = (memory.peak.num_bytes, memory.reserved_bytes, memory.peak.by_kind["weights"], memory.host_bytes)
+            print(f"| {value} | {length:,} | {' | '.join(map(gb, held))} |")
 
 
 def gb(num_bytes: int) -> str:
@@ -113,15 +136,31 @@ def config_of(name: str) -> LlamaConfig:
     )
 
 
-def recipe_of(data_type: str) -> Recipe:
-    """The recipe of the table: of what a run reads it names nothing that is there."""
+LLAMA_3_8B = LlamaConfig(
+    vocab_size=128256,
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    max_position_embeddings=8192,
+)
+
+
+def recipe_of(data_type: str, length: int = 512, memory: str = "auto", r: int = 64) -> Recipe:
+    """The recipe of the tables: of what a run reads it names nothing that is there."""
     return Recipe.model_validate(
         {
             "model": {"name_or_path": "llama"},
             "quantization": {"data_type": data_type, "compute_dtype": "bfloat16"},
-            "adapter": {"r": 64, "alpha": 16},
-            "data": {"train": [{"path": "rows.jsonl"}], "max_length": 512},
-            "training": {"micro_batch_size": 1, "gradient_accumulation_steps": 1, "gradient_checkpointing": True},
+            "adapter": {"r": r, "alpha": 16},
+            "data": {"train": [{"path": "rows.jsonl"}], "max_length": length},
+            "training": {
+                "micro_batch_size": 1,
+                "gradient_accumulation_steps": 1,
+                "gradient_checkpointing": True,
+                "memory": memory,
+            },
         }
     )
 

@@ -53,7 +53,7 @@ def finished(tmp_path_factory, tiny_model, rows_file) -> Path:
     assert done.returncode == 0, done.stderr
     assert done.stdout == f"{folder / 'run' / 'adapter'}\n"
     assert "Warning" not in done.stderr
-    assert "kernels" not in done.stderr
+    assert "kernels-community" not in done.stderr
     return folder / "run"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ from safetensors.torch import load_file
 
 from qlora_cli import commands
 from qlora_cli.display import QuietReport
-from qlora_cli.model.base import load_base
+from qlora_cli.model.adapter import attach_adapter
+from qlora_cli.model.base import fingerprint, load_base
+from qlora_cli.model.placement import resident
+from qlora_cli.plan.rehearsal import Shape, examples_of, rehearse
 from qlora_cli.quant import blockwise, kernels
 from qlora_cli.quant.blockwise import Code, Packed, quantize
 from qlora_cli.quant.codebooks import CODE_BOOKS
@@ -19,7 +23,11 @@ from qlora_cli.quant.data_types import CODES, UNIFORM
 from qlora_cli.quant.layers import quantized_modules
 from qlora_cli.quant.roundtrip import module_digest, quantized, quantized_digest
 from qlora_cli.quant.scales import Scales
+from qlora_cli.tasks.table import collated
+from qlora_cli.train.recompute import Need, begin
+from qlora_cli.train.step import accumulate
 from tests.architectures import model_section, outputs, rows_of
+from tests.tiny import write_tiny_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -156,3 +164,63 @@ def test_train_eval_and_merge_on_the_gpu(make_recipe, heldout_file, rows_file, t
     )
     assert merged["difference"]["max_abs"] < 1e-3
     assert merged["difference"]["top1_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("data_type", ["nf4", "int4", "none"])
+@pytest.mark.parametrize("memory", ["offload", "lean", "fast"])
+def test_memory_changes_where_things_lie_and_no_bit_of_what_is_learned(make_recipe, tmp_path, memory, data_type):
+    folder = write_tiny_model(tmp_path / "model", num_hidden_layers=5)
+    adapters = []
+    for value in ("auto", memory):
+        recipe = make_recipe(
+            model={"name_or_path": str(folder)},
+            quantization={"data_type": data_type, "compute_dtype": "bfloat16"},
+            adapter={"dropout": 0.1, "target_modules": ["q_proj", "up_proj"]},
+            training={"memory": value, "max_steps": 3, "gradient_checkpointing": True, "deterministic": True},
+            output_dir=str(tmp_path / value),
+        )
+        adapters.append(load_file(train(recipe) / "adapter_model.safetensors"))
+    assert all(torch.equal(adapters[0][name], adapters[1][name]) for name in adapters[0])
+
+
+def test_everything_but_the_embedding_and_the_layers_is_on_the_gpu(make_recipe):
+    recipe = make_recipe(quantization={"skip_modules": []}, training={"memory": "lean"})
+    base = load_base(recipe, GPU)
+    assert base.device == base.model.device == GPU
+    table = base.model.get_input_embeddings()
+    for module in base.model.modules():
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            assert tensor.device == (CPU if module is table else GPU)
+            state = getattr(tensor, "quant_state", None)
+            assert state is None or {state.absmax.device, state.code.device, state.state2.absmax.device} == {GPU}
+    assert fingerprint(base.model) == fingerprint(load_base(resident(recipe), GPU).model)
+
+
+@pytest.mark.parametrize("memory", ["offload", "lean"])
+def test_less_of_a_gpu_is_taken_where_host_memory_is_used_and_as_much_as_planned(make_recipe, tmp_path, memory):
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_attention_heads": 8, "num_key_value_heads": 8}
+    folder = write_tiny_model(tmp_path / "model", num_hidden_layers=8, **sizes)
+    peaks = {}
+    for value in ("auto", memory):
+        recipe = make_recipe(
+            model={"name_or_path": str(folder)},
+            quantization={"compute_dtype": "bfloat16"},
+            training={"memory": value, "gradient_checkpointing": True, "gradient_accumulation_steps": 1},
+        )
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        base = load_base(recipe, GPU)
+        model = attach_adapter(base, recipe.adapter).train()
+        base.model.config.use_cache = False
+        begin(recipe.training, Need(base, 1, 512, True), None, print)
+        batch = collated(examples_of(Shape((512,)), base), True, base)
+        for _ in range(2):
+            model.zero_grad()
+            torch.cuda.reset_peak_memory_stats()
+            accumulate(base, model, [batch], 512)
+        peaks[value] = torch.cuda.max_memory_allocated() - before
+        planned = rehearse(recipe, base.config, Shape((512,), True), "cuda")
+        assert abs(planned.num_bytes / peaks[value] - 1) < 0.1
+        del base, model, batch
+        gc.collect()
+    assert peaks[memory] < peaks["auto"]

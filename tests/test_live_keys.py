@@ -30,7 +30,6 @@ RULED = {
 
 NOT_YET: dict[str, list[Any]] = {
     "model.added_tokens": [["<think>"]],
-    "training.torch_compile": [True],
     "training.neftune_noise_alpha": [5],
 }
 """Values whose feature is still to come, of keys that do not spell their values out."""

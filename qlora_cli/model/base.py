@@ -23,6 +23,8 @@ from qlora_cli.kernels.linear_cross_entropy import Tail
 from qlora_cli.kernels.output_layer import PROVEN_ON, find_tail
 from qlora_cli.model.checks import check_complete, check_share_quantized, check_skipped, check_start_token
 from qlora_cli.model.heads import NO_HEAD, Head, auto_class, find_head, for_task, needs_packed, set_padding, start_head
+from qlora_cli.model.layer_kernels import choose, use_layer_kernels
+from qlora_cli.model.placement import loaded_on, place
 from qlora_cli.model.prequantized import merge_note, method_of, refuse_damaged, refuse_start, refuse_storage_keys
 from qlora_cli.model.source import fetch_weights, file_of, locate, read_config
 from qlora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
@@ -159,19 +161,22 @@ def load_config(folder: Path, model: Model) -> Any:
 def load_base(recipe: Recipe, device: torch.device, found: Found | None = None, *, packed: bool = False) -> Base:
     """The recipe's base model on `device`, frozen, its linear weights quantised, in evaluation mode.
 
+    What training.memory leaves in host memory comes to the device as it is read.
     packed: quantised by our own layers alone, whose weights can be changed and stored.
     Raises UserError where the folder, its weights or its tokenizer are not fit to train on.
     """
-    found = found or find_base(recipe)
+    found, kernels = found or find_base(recipe), choose(recipe.training, device)
     fetch_weights(recipe.model, found.folder)
     refuse_damaged(found.folder)
     dtype = compute_dtype_for(recipe.quantization.compute_dtype, device)
-    model, head = load_model(recipe, found, dtype, device, packed=packed)
+    model, head = load_model(recipe, found, dtype, loaded_on(recipe, device), packed=packed)
     check_vocabulary(found.tokenizer, num_embeddings(model), found.folder)
+    use_layer_kernels(model, kernels)
+    placed = place(model, recipe, device)
     int8_on_cpu = recipe.quantization.data_type == "int8" and device.type == "cpu"
     note = INT8_ON_CPU if int8_on_cpu else merge_note(read_config(found.folder))
     known = (found.folder, found.tokenizer, found.stop_token_ids, found.config, found.task)
-    return Base(*known, model, dtype, bytes_by_type(model) + told(head), note, head)
+    return Base(*known, model, dtype, bytes_by_type(model) + told(head) + placed.words, note, head)
 
 
 def told(head: Head) -> str:

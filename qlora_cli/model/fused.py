@@ -46,8 +46,15 @@ def cast_once(model: nn.Module) -> Iterator[None]:
 
 
 def frozen_weight(layer: nn.Module) -> FrozenWeight:
-    """The weight of a layer whose class is in READERS."""
-    return READERS[type(layer)](layer)
+    """The weight of a layer whose class is in READERS, or of one made from such a class.
+
+    One that is kept dequantised (model/kept_weights.py) is what is read.
+    """
+    reader = next(READERS[kind] for kind in type(layer).__mro__ if kind in READERS)
+    found, kept = reader(layer), vars(layer).get("kept_weight")
+    if kept is None:
+        return found
+    return found._replace(read=lambda dtype: kept if dtype == kept.dtype else found.read(dtype))
 
 
 def _plain(layer: Any) -> FrozenWeight:

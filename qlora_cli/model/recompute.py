@@ -8,6 +8,10 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
+from qlora_cli.kernels.host_stack import HostStack
+
 
 def checkpointing_layers(model: Any) -> list[Any]:
     """The layers that can be recomputed, in the order of the model: an encoder's before its decoder's."""
@@ -16,8 +20,10 @@ def checkpointing_layers(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
 
 
-def recompute(model: Any, number: int) -> None:
+def recompute(model: Any, number: int, stack: HostStack | None = None) -> None:
     """Recomputes the activations of the first `number` layers in backward, and keeps those of the others.
+
+    stack: takes what these layers are given into host memory; None: it stays on the device.
 
     It may be called any number of times, between steps. Nothing but training sees it: a layer in evaluation mode looks
     at neither of the two attributes that are set here. No bit of a gradient changes: the generators' state of the
@@ -29,8 +35,16 @@ def recompute(model: Any, number: int) -> None:
     if not layers:
         _as_a_whole(model, number > 0)
     again = partial(checkpoint, use_reentrant=False)  # which asks for no embedding with a gradient, as the other does
+
+    def from_host(layer: Any, *inputs: Any) -> Any:
+        """Without a gradient, as what an embedding gives the first layer, there is one tensor at most: it stays."""
+        if not inputs or not isinstance(inputs[0], Tensor) or not inputs[0].requires_grad or stack is None:
+            return again(layer, *inputs)
+        with stack.keeping(inputs[0]):
+            return again(layer, *inputs)
+
     for index, layer in enumerate(layers):
-        layer._gradient_checkpointing_func = again
+        layer._gradient_checkpointing_func = again if stack is None else from_host
         layer.gradient_checkpointing = index < number
 
 

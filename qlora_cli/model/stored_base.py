@@ -20,6 +20,7 @@ from qlora_cli.model.adapter import attach_adapter, save_adapter
 from qlora_cli.model.base import Base, Found, load_base, quiet_loading, readable_bytes
 from qlora_cli.model.heads import TASKS
 from qlora_cli.model.owner import AROUND, Owner
+from qlora_cli.model.placement import resident
 from qlora_cli.model.prequantized import RECORD, method_of
 from qlora_cli.model.source import read_config
 from qlora_cli.model.start import Line, adapted_layers, changes_base, start_layers
@@ -87,7 +88,7 @@ def write_base(place: Path, recipe: Recipe, found: Found, made_from: dict[str, A
     With a start that changes it the adapter's start lies inside, and each line of the table is told when it is made.
     """
     started = changes_base(recipe.adapter)
-    base = load_base(recipe, making.device, found, packed=started)
+    base = load_base(resident(recipe), making.device, found, packed=started)
     check_room(base, place, making)
     table = list(start_base(place, recipe, base, making)) if started else []
     with quiet_loading():

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
+from qlora_cli.errors import UserError
 from qlora_cli.recipe import Recipe
 
 Keys = dict[str, Any]
@@ -46,14 +48,25 @@ REPLACED: dict[str, tuple[str, ...]] = {
 """The value that takes less memory, and behind it those that it is not offered for."""
 
 
-def offers(recipe: Recipe, recomputes_all: bool) -> Keys:
-    """Values that take less memory and that the recipe does not have, the mildest first."""
-    found: Keys = {} if recomputes_all else {"training.gradient_checkpointing": True}
+MEMORY = "training.memory"
+LEANER = {"fast": ("auto", "offload", "lean"), "auto": ("offload", "lean"), "offload": ("lean",), "lean": ()}
+"""Its values that take less of a GPU's memory, the mildest first."""
+
+
+def offers(recipe: Recipe, recomputes_all: bool, kind: str) -> list[Keys]:
+    """Values that take less memory and that the recipe does not have, each alone, the mildest first."""
+    found: list[Keys] = [] if recomputes_all else [{"training.gradient_checkpointing": True}]
     for key, values in REPLACED.items():
         section, _, name = key.partition(".")
         if getattr(getattr(recipe, section), name) not in values:
-            found[key] = values[0]
-    return found
+            found.append({key: values[0]})
+    leaner = LEANER[recipe.training.memory] if kind == "cuda" else ()
+    return [*found, *({MEMORY: value} for value in leaner if value != "lean" or streams(recipe))]
+
+
+def streams(recipe: Recipe) -> bool:
+    """Whether the recipe may have training.memory: lean."""
+    return recipe.quantization.data_type != "int8" and not recipe.adapter.use_dora
 
 
 def ranks(recipe: Recipe) -> list[int]:
@@ -74,10 +87,14 @@ def changed(recipe: Recipe, keys: Keys) -> Recipe:
     return recipe
 
 
-def alone(recipe: Recipe, keys: Keys, length: int, budget_bytes: int, rehearse: Rehearse) -> list[Change]:
+def alone(recipe: Recipe, tried: Iterable[Keys], length: int, budget_bytes: int, rehearse: Rehearse) -> list[Change]:
     """Those of the keys each of which makes the run fit by itself."""
-    tried = [Change(key, value, rehearse(changed(recipe, {key: value}), length)) for key, value in keys.items()]
-    return [change for change in tried if change.num_bytes <= budget_bytes]
+    found = []
+    for keys in tried:
+        with suppress(UserError):  # of a model whose layers cannot be streamed
+            num_bytes = rehearse(changed(recipe, keys), length)
+            found += [Change(key, value, num_bytes) for key, value in keys.items() if num_bytes <= budget_bytes]
+    return found
 
 
 def length_keys(recipe: Recipe, length: int) -> Keys:

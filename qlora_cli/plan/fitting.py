@@ -11,6 +11,7 @@ import torch
 
 from qlora_cli.errors import UserError
 from qlora_cli.model.base import readable_bytes
+from qlora_cli.model.kept_weights import all_weights_bytes
 from qlora_cli.model.recompute import checkpointing_layers
 from qlora_cli.plan.memory import LENGTH_STEP, Disk, Memory, Plan, Rehearsals, changes
 from qlora_cli.plan.meta_base import meta_model
@@ -36,12 +37,16 @@ LEAST_SHARE = 0.8
 
 @dataclass
 class Rehearsed:
-    """A run's rehearsals and the room there is. share: of the planned that steps are known to take."""
+    """A run's rehearsals and the room there is. share: of the planned that steps are known to take.
+
+    kept_bytes: of weights that are kept dequantised beside it.
+    """
 
     stage: Rehearsals
     need: Need
     room: Room
     share: float = 1.0
+    kept_bytes: int = 0
 
     def memory(self, number: int) -> Memory:
         """The largest micro-batch with the first `number` layers recomputed."""
@@ -61,7 +66,8 @@ class Rehearsed:
         step = memory.peak.num_bytes - there(memory)
         kind = self.stage.kind
         snapshot = kinds["adapter"] + kinds["optimizer"] if kind == "cpu" else 0  # of a checkpoint that is written
-        return memory.reserved_bytes + round((self.share - 1 + SPARE_SHARE) * step) + SPARE_BYTES[kind] + snapshot
+        spare = round((self.share - 1 + SPARE_SHARE) * step) + SPARE_BYTES[kind]
+        return memory.reserved_bytes + spare + snapshot + self.kept_bytes
 
     def choice(self) -> int | None:
         """The fewest layers that make it fit; None: not even all of them do."""
@@ -134,6 +140,19 @@ class Fitting:
             return None
         share = f"the first step took {seen.taken_bytes / planned:.0%} of what was planned for it"
         return Choice(number, (f"memory   {share}: {words(number, of)} from here on",))
+
+    def spare(self, need: Need, number: int) -> int:
+        """Bytes beside a step with `number` layers recomputed, which weights may be kept in; 0 where nothing is known.
+
+        From then on they count as taken.
+        """
+        if self.rehearsed is None:
+            self.choose(need)  # where the recipe says how many layers, nobody asked before
+        if self.rehearsed is None:
+            return 0
+        left = max(0, self.rehearsed.bytes - self.rehearsed.needed(number))
+        self.rehearsed.kept_bytes = min(left, all_weights_bytes(need.base.model, need.base.compute_dtype))
+        return left
 
 
 def there(memory: Memory) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qlora_cli.errors import UserError
 from qlora_cli.kernels.packed_attention import supports
+from qlora_cli.model.kept_weights import all_weights_bytes
 from qlora_cli.model.recompute import checkpointing_layers
 from qlora_cli.model.start import changes_base
-from qlora_cli.plan.advice import RANK, ROWS, Change, Keys, Together, alone, changed, length_keys, offers, ranks
+from qlora_cli.plan.advice import RANK, ROWS, Change, Together, alone, changed, length_keys, offers, ranks
 from qlora_cli.plan.allocator import reserved
 from qlora_cli.plan.meta_base import MetaModel, meta_model
 from qlora_cli.plan.optimizer_memory import optimizer_state
@@ -35,24 +38,31 @@ far below the size from which on tensors of integers are shapes alone (ledger.RE
 
 @dataclass(frozen=True)
 class Memory:
-    """A peak and what surrounds it. peak: by kind, the optimizer's state in it. host_bytes: paged state in the host.
+    """A peak and what surrounds it. peak: by kind, the optimizer's state in it.
 
-    reserved_bytes: what the allocator holds for it. context_bytes: the device's own. by_proportion: the micro-batch was
-    too large to be rehearsed, and two smaller ones tell what it takes.
+    reserved_bytes: what the allocator holds for it. context_bytes: the device's own. host: bytes in host memory by
+    kind, beside a GPU. by_proportion: the micro-batch was too large to be rehearsed, and two smaller ones tell what it
+    takes. kept_bytes: of the weights those that are kept dequantised beside what is stored.
     """
 
     peak: Peak
     reserved_bytes: int
     context_bytes: int
-    host_bytes: int
+    host: Mapping[str, int]
     checkpointed: int
     num_layers: int
     by_proportion: bool = False
+    kept_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
         """What the device must have."""
         return self.reserved_bytes + self.context_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """What lies in host memory beside a GPU."""
+        return sum(self.host.values())
 
 
 @dataclass(frozen=True)
@@ -110,6 +120,7 @@ def plan(recipe: Recipe, config: Any, kind: str, budget_bytes: int | None = None
         stage.checkpointed = stage.num_layers
         if budget_bytes is not None and memory.num_bytes > budget_bytes:
             memory = stage.memory(recipe.training.micro_batch_size, length)
+    memory = stage.with_kept(memory, budget_bytes)
     steps = num_steps(recipe, rows)
     tokens = num_tokens(recipe, rows, steps)
     disk = disk_of(recipe, memory, stage.found.model)
@@ -155,8 +166,18 @@ class Rehearsals:
             shorter = length if self.packed else max(2, length - 1)
             shape = Shape((length, *[shorter] * (number - 1)), self.packed)
             peak = rehearse_model(self.found, self.recipe, shape, self.kind, layers)
-            self._known[key] = with_optimizer(self.recipe, self.found.model, peak, self.kind, (layers, self.num_layers))
+            self._known[key] = with_optimizer(self.recipe, self.found, peak, self.kind, (layers, self.num_layers))
         return self._known[key]
+
+    def with_kept(self, memory: Memory, budget_bytes: int | None) -> Memory:
+        """Under training.memory: fast with the weights that are kept dequantised in what the budget leaves."""
+        if self.recipe.training.memory != "fast":
+            return memory
+        kept = all_weights_bytes(self.found.model, self.found.base.compute_dtype)
+        kept = kept if budget_bytes is None else max(0, min(kept, budget_bytes - memory.num_bytes))
+        by_kind = {**memory.peak.by_kind, "weights": memory.peak.by_kind["weights"] + kept}
+        peak = replace(memory.peak, by_kind=by_kind)
+        return replace(memory, peak=peak, reserved_bytes=memory.reserved_bytes + kept, kept_bytes=kept)
 
     def _by_proportion(self, number: int, length: int, layers: int) -> Memory:
         """What too many tokens take: on the line through half the most that are rehearsed and the most.
@@ -178,9 +199,10 @@ class Rehearsals:
 
         by_kind = {kind: at(few.peak.by_kind[kind], num_bytes) for kind, num_bytes in many.peak.by_kind.items()}
         shape = Shape((length,) * min(number, 2), self.packed)  # all rows are alike, and there may be millions
-        reserved_bytes = at(few.reserved_bytes, many.reserved_bytes)
+        reserved_bytes = max(at(few.reserved_bytes, many.reserved_bytes), sum(by_kind.values()))
+        host = {kind: at(few.host[kind], num_bytes) for kind, num_bytes in many.host.items()}
         peak = replace(many.peak, by_kind=by_kind, shape=shape)
-        return replace(many, peak=peak, reserved_bytes=reserved_bytes, by_proportion=True)
+        return replace(many, peak=peak, reserved_bytes=reserved_bytes, host=host, by_proportion=True)
 
     def largest_rows(self, budget_bytes: int, length: int) -> int:
         """The largest micro-batch of rows of that length; 0: none fits."""
@@ -198,16 +220,17 @@ def rehearsals(recipe: Recipe, config: Any, kind: str) -> Rehearsals:
     return Rehearsals(recipe, meta_model(recipe, config, kind), kind)
 
 
-def with_optimizer(recipe: Recipe, model: Any, peak: Peak, kind: str, layers: tuple[int, int]) -> Memory:
+def with_optimizer(recipe: Recipe, found: MetaModel, peak: Peak, kind: str, layers: tuple[int, int]) -> Memory:
     """A rehearsed peak with what surrounds it. layers: how many are recomputed, of how many."""
-    sizes = [parameter.numel() for parameter in model.parameters() if parameter.requires_grad]
+    sizes = [parameter.numel() for parameter in found.model.parameters() if parameter.requires_grad]
     state = optimizer_state(recipe.training.optimizer, sizes, kind)
     whole = replace(peak, by_kind={**peak.by_kind, "optimizer": state.device_bytes})
     held = whole.num_bytes
     if kind == "cuda":
         there = [*peak.there, *([state.device_bytes] if state.device_bytes else [])]
         held = max(held, reserved(there, ((event.number, event.num_bytes) for event in peak.events)))
-    return Memory(replace(whole, there=(), events=()), held, CONTEXT_BYTES[kind], state.host_bytes, *layers)
+    host = {"weights": found.placed.host_bytes, "optimizer": state.host_bytes, "activations": peak.host_bytes}
+    return Memory(replace(whole, there=(), events=()), held, CONTEXT_BYTES[kind], host, *layers)
 
 
 # ── advice ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -220,16 +243,17 @@ def changes(recipe: Recipe, config: Any, stage: Rehearsals, found: Plan, length:
     def rehearse(changed_recipe: Recipe, tokens: int) -> int:
         return alike(stage, changed_recipe, config).memory(number, tokens).num_bytes
 
-    told = alone(recipe, offers(recipe, stage.checkpointed == stage.num_layers), length, budget, rehearse)
+    keys = offers(recipe, stage.checkpointed == stage.num_layers, stage.kind)
+    told = alone(recipe, keys, length, budget, rehearse)
     if found.largest_rows:
         fewer = stage.memory(found.largest_rows, length)
         told.append(Change(ROWS, found.largest_rows, fewer.num_bytes))
-    lower = (alone(recipe, {RANK: rank}, length, budget, rehearse) for rank in ranks(recipe))
+    lower = (alone(recipe, [{RANK: rank}], length, budget, rehearse) for rank in ranks(recipe))
     told += next(filter(None, lower), [])  # one by one: below some rank bitsandbytes pages no state, and it takes more
     if found.largest_length:
         shorter = stage.memory(number, found.largest_length)
-        keys = length_keys(recipe, found.largest_length)
-        told += [Change(key, value, shorter.num_bytes) for key, value in keys.items()]
+        length_key = length_keys(recipe, found.largest_length)
+        told += [Change(key, value, shorter.num_bytes) for key, value in length_key.items()]
     return told
 
 
@@ -240,9 +264,12 @@ def all_changes(recipe: Recipe, config: Any, stage: Rehearsals, budget_bytes: in
     """
     least, keys = stage, dict[str, Any]()
     memory = stage.memory(recipe.training.micro_batch_size, length)
-    steps: list[Keys] = [{key: value} for key, value in offers(recipe, stage.checkpointed == stage.num_layers).items()]
+    steps = offers(recipe, stage.checkpointed == stage.num_layers, stage.kind)
     for step in [*steps, {ROWS: 1}, *({RANK: rank} for rank in ranks(recipe))]:
-        tried = alike(stage, changed(recipe, keys | step), config)
+        try:
+            tried = alike(stage, changed(recipe, keys | step), config)
+        except UserError:  # of a model whose layers cannot be streamed
+            continue
         found = tried.memory(tried.recipe.training.micro_batch_size, length)
         if (found.num_bytes, found.peak.num_bytes) < (memory.num_bytes, memory.peak.num_bytes):
             least, keys, memory = tried, keys | step, found
@@ -272,7 +299,7 @@ def alike(stage: Rehearsals, recipe: Recipe, config: Any) -> Rehearsals:
 def disk_of(recipe: Recipe, memory: Memory, model: Any) -> Disk:
     """What the run folder grows to."""
     kinds = memory.peak.by_kind
-    one = kinds["adapter"] + kinds["optimizer"] + memory.host_bytes
+    one = kinds["adapter"] + kinds["optimizer"] + memory.host["optimizer"]
     best = kinds["adapter"] if recipe.evaluation.best_metric is not None else 0
-    base = kinds["weights"] if changes_base(recipe.adapter) else 0
+    base = kinds["weights"] - memory.kept_bytes + memory.host["weights"] if changes_base(recipe.adapter) else 0
     return Disk(one * (recipe.training.save_total_limit + 1), kinds["adapter"] + best, base)

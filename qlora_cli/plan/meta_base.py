@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,6 +21,8 @@ from qlora_cli.model.adapter import CONFIG, attach_adapter
 from qlora_cli.model.base import Base, compute_dtype_for, quiet_loading
 from qlora_cli.model.checks import check_skipped
 from qlora_cli.model.heads import NO_HEAD, TASKS, Head, auto_class, head_of, needs_packed
+from qlora_cli.model.layer_kernels import choose, use_layer_kernels
+from qlora_cli.model.placement import Hosted, Placed, place
 from qlora_cli.model.source import read_json
 from qlora_cli.model.start import changes_base
 from qlora_cli.quant.bitsandbytes import compute_in, disarm_cpu_repacking
@@ -35,10 +37,11 @@ NESTED_BLOCK, LEVELS, NESTED_LEVELS = 256, 16, 256
 
 @dataclass(frozen=True)
 class MetaModel:
-    """A base whose tensors are on meta, and the PEFT model around it."""
+    """A base whose tensors are on meta, and the PEFT model around it. placed: what of them is in host memory."""
 
     base: Base
     model: Any
+    placed: Placed = field(default_factory=Placed)
 
 
 def meta_model(recipe: Recipe, config: Any, kind: str, tokenizer: Any = None) -> MetaModel:
@@ -53,6 +56,8 @@ def meta_model(recipe: Recipe, config: Any, kind: str, tokenizer: Any = None) ->
         text.pad_token_id = text.vocab_size - 1
     model, head = _bare_model(recipe, config, dtype, kind)
     model.requires_grad_(False)
+    placed = place(model, recipe, torch.device("meta")) if kind == "cuda" else Placed()
+    use_layer_kernels(model, choose(recipe.training, torch.device("meta")))
     tokenizer = tokenizer or SimpleNamespace(model_input_names=("input_ids", "token_type_ids", "attention_mask"))
     known = (Path(recipe.model.name_or_path), tokenizer, frozenset[int](), config, recipe.model.task)
     base = Base(*known, model.eval(), dtype, "", head=head)
@@ -61,7 +66,7 @@ def meta_model(recipe: Recipe, config: Any, kind: str, tokenizer: Any = None) ->
         wrapped = _with_adapter(base, recipe)
     wrapped.train()
     model.config.use_cache = False
-    return MetaModel(base, wrapped)
+    return MetaModel(base, wrapped, placed)
 
 
 def compute_dtype(recipe: Recipe, kind: str) -> torch.dtype:
@@ -210,7 +215,7 @@ def _with_adapter(base: Base, recipe: Recipe) -> Any:
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """("weights" or "adapter", tensor) of all that the model holds, each storage once."""
+    """("weights" or "adapter", tensor) of all that the model holds on its device, each storage once."""
     seen: set[int] = set()
     for kind, tensor in _tensors(model):
         key = tensor.untyped_storage()._cdata
@@ -220,7 +225,13 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    for parameter in model.parameters():
+    for module in model.modules():
+        if not isinstance(module, Hosted):
+            yield from _own_tensors(module)
+
+
+def _own_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for parameter in module.parameters(recurse=False):
         yield "adapter" if parameter.requires_grad else "weights", parameter
         state, scales = getattr(parameter, "quant_state", None), getattr(parameter, "SCB", None)
         if scales is not None:
@@ -228,4 +239,4 @@ def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
         while state is not None:
             yield from (("weights", one) for one in (state.absmax, state.code, state.offset) if one is not None)
             state = state.state2
-    yield from (("weights", buffer) for buffer in model.buffers())
+    yield from (("weights", buffer) for buffer in module.buffers(recurse=False))

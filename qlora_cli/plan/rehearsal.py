@@ -6,14 +6,16 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from qlora_cli.data.encode import IGNORE_INDEX, Example
+from qlora_cli.kernels.host_stack import HostStack
 from qlora_cli.kernels.packed_attention import use_packed_attention
+from qlora_cli.model.placement import LESS_THAN_THE_MODEL
 from qlora_cli.model.recompute import checkpointing_layers, recompute
 from qlora_cli.plan.ledger import Event, Ledger
 from qlora_cli.plan.meta_base import MetaModel, meta_model, stored_tensors
@@ -49,6 +51,7 @@ class Peak:
     """The moment at which a step holds most. by_kind: bytes by KINDS. phase and place: what it does then, and where.
 
     there: bytes of each storage that is there before the step. events: what it takes and gives back, in order.
+    host_bytes: what recomputed layers were given, where it lies in host memory.
     """
 
     by_kind: dict[str, int]
@@ -57,6 +60,7 @@ class Peak:
     shape: Shape
     there: Sequence[int] = ()
     events: Sequence[Event] = ()
+    host_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -85,7 +89,9 @@ def rehearse_model(found: MetaModel, recipe: Recipe, shape: Shape, kind: str, ch
     model, base = found.model, found.base
     if shape.packed:
         use_packed_attention(model)
-    recompute(base.model, layers_checkpointed(recipe, kind, base.model) if checkpointed is None else checkpointed)
+    stack = HostStack(base.device) if kind == "cuda" and recipe.training.memory in LESS_THAN_THE_MODEL else None
+    number = layers_checkpointed(recipe, kind, base.model) if checkpointed is None else checkpointed
+    recompute(base.model, number, stack)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in parameters:
         parameter.grad = torch.empty_like(parameter) if recipe.training.gradient_accumulation_steps > 1 else None
@@ -102,7 +108,7 @@ def rehearse_model(found: MetaModel, recipe: Recipe, shape: Shape, kind: str, ch
         accumulate(base, model, batches(), max(1, sum(shape.lengths)))
         ledger.place = "optimizer step"
         clip(parameters, recipe.training.max_grad_norm)
-    peak = _peak(ledger, model, parameters, shape)
+    peak = replace(_peak(ledger, model, parameters, shape), host_bytes=0 if stack is None else stack.pushed_bytes)
     for parameter in parameters:
         parameter.grad = None
     return peak
@@ -139,8 +145,9 @@ def _listed(value: Any) -> list[int]:
 
 def layers_checkpointed(recipe: Recipe, kind: str, model: Any) -> int:
     """How many layers the recipe recomputes, from the first on."""
-    wanted = recipe.training.gradient_checkpointing
-    return len(checkpointing_layers(model)) if wanted is True or (wanted == "auto" and kind == "cuda") else 0
+    wanted, less = recipe.training.gradient_checkpointing, recipe.training.memory in LESS_THAN_THE_MODEL
+    every = wanted is True or (wanted == "auto" and (kind == "cuda" or less))
+    return len(checkpointing_layers(model)) if every else 0
 
 
 @contextmanager

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from qlora_cli.model.heads import TASKS
+from qlora_cli.model.placement import LESS_THAN_THE_MODEL
 from qlora_cli.plan import memory
 from qlora_cli.plan.memory import MOST_CELLS, Memory, Plan
 from qlora_cli.plan.meta_base import compute_dtype
@@ -62,6 +63,8 @@ def memory_told(memory: Memory) -> dict[str, Any]:
         "context_bytes": memory.context_bytes,
         "bytes": memory.num_bytes,
         "host_bytes": memory.host_bytes,
+        "host_by_kind": {kind: num_bytes for kind, num_bytes in memory.host.items() if num_bytes},
+        "kept_dequantised_bytes": memory.kept_bytes,
         "peak_at": memory.peak.where,
         "layers_recomputed": memory.checkpointed,
         "layers": memory.num_layers,
@@ -79,7 +82,8 @@ def assumptions(recipe: Recipe, target: Target, found: Plan, rows: Rows | None, 
     told.append("all tokens of them trained")
     if found.memory.by_proportion:
         told.append(f"what is beyond {MOST_CELLS[target.kind]:,} tokens at once by proportion")
-    if recipe.training.gradient_checkpointing == "auto" and found.memory.checkpointed:
+    less = recipe.training.memory in LESS_THAN_THE_MODEL
+    if recipe.training.gradient_checkpointing == "auto" and found.memory.checkpointed and not less:
         told.append("every layer recomputed: auto recomputes fewer where there is room")
     if len(shape.lengths) > 1 and shape.packed and recipe.data.packing == "auto":
         told.append("rows one behind the other, as data.packing: auto has them if the model keeps them apart")

@@ -129,10 +129,16 @@ def layer_values(
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """(kind, tensor) of everything that the model holds in memory, each storage once: data type names and scales."""
+    """(kind, tensor) of everything that the model holds in memory, each storage once: data type names and scales.
+
+    What stands for a tensor in host memory, which passes through the device's, is that tensor: see model/streamed.py.
+    """
     seen: set[int] = set()
+    on_host = {key: host for module in model.modules() for key, host in getattr(module, "on_host", {}).items()}
     for kind, tensor in _kinds(model):
-        pointer = tensor.untyped_storage().data_ptr()
+        streamed = on_host.get(id(tensor))
+        pointer = tensor.untyped_storage().data_ptr() if streamed is None else streamed.data_ptr()
+        tensor = tensor if streamed is None else streamed
         if pointer not in seen:
             seen.add(pointer)
             yield kind, tensor

@@ -116,6 +116,19 @@ def a_continued_adapter_keeps_its_shape(recipe: Recipe) -> Iterator[Problem]:
             yield Problem(("adapter", name), what, todo)
 
 
+def lean_streams_what_we_read(recipe: Recipe) -> Iterator[Problem]:
+    """`training.memory: lean` is not for `int8`, whose layers bitsandbytes reads, nor for DoRA, which PEFT reads."""
+    if recipe.training.memory != "lean":
+        return
+    todo = "Use `memory: offload`, which leaves the layers on the GPU"
+    if recipe.quantization.data_type == "int8" and recipe.adapter.init not in STORES_ITS_BASE:
+        what = "`memory: lean` beside `quantization.data_type: int8`, whose layers cannot be streamed"
+        yield Problem(("training", "memory"), what, f"{todo}, or another data type")
+    if recipe.adapter.use_dora:
+        what = "`memory: lean` beside `adapter.use_dora`, for which PEFT reads the layers by itself"
+        yield Problem(("training", "memory"), what, todo)
+
+
 def dora_cannot_read_int8(recipe: Recipe) -> Iterator[Problem]:
     """`adapter.use_dora` is not for `data_type: int8`: PEFT loses the row scales after the first forward pass."""
     if recipe.adapter.use_dora and recipe.quantization.data_type == "int8":
@@ -234,6 +247,13 @@ def held_out_data_is_not_trained_on(recipe: Recipe) -> Iterator[Problem]:
             yield Problem((*place, "path"), what, todo)
 
 
+def layers_are_compiled_or_ligers(recipe: Recipe) -> Iterator[Problem]:
+    """`training.torch_compile` compiles norms and MLPs itself: not beside `layer_kernels: liger`."""
+    if recipe.training.torch_compile and recipe.training.layer_kernels == "liger":
+        what = "`layer_kernels: liger` beside `torch_compile: true`, which compiles the same"
+        yield Problem(("training", "layer_kernels"), what, "Keep one of the two")
+
+
 RULES: tuple[Rule, ...] = (
     length_limits_come_in_pairs,
     no_folder_called_tilde,
@@ -245,9 +265,11 @@ RULES: tuple[Rule, ...] = (
     outliers_need_int8,
     a_continued_adapter_keeps_its_shape,
     dora_cannot_read_int8,
+    lean_streams_what_we_read,
     loftq_settings_need_loftq,
     a_start_that_changes_the_base_can_store_it,
     one_kind_of_warmup,
+    layers_are_compiled_or_ligers,
     a_constant_schedule_has_no_floor,
     one_kind_of_held_out_data,
     held_out_data_is_not_trained_on,

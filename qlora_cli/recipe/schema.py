@@ -260,8 +260,20 @@ class Training(Section):
         "auto",
         "recompute activations in backward instead of keeping them; auto: of as few layers as free memory asks for",
     )
-    memory: Literal["auto", "lean", "fast"] = key("auto", "trade speed for memory", live=("auto",))
-    torch_compile: bool = key(False, "compile the model", live=(False,))
+    memory: Literal["auto", "fast", "offload", "lean"] = key(
+        "auto",
+        "fast: weights stay dequantised where they fit; on a GPU offload: the embedding and what recomputed layers are "
+        "given lie in host memory; lean: the frozen layers too, two at a time on the GPU",
+    )
+    layer_kernels: Literal["auto", "liger", "torch"] = key(
+        "auto",
+        "what computes norms, gated MLPs and rotary embeddings; liger: liger-kernel, on a GPU; torch: the model's own "
+        "code; auto: liger where it is there and nothing is compiled, else functions of ours that keep less memory",
+    )
+    torch_compile: bool = key(
+        False,
+        "compile what lies between the linear layers of each layer, for steps of training; the first one takes longer",
+    )
     neftune_noise_alpha: Real | None = key(None, "noise on the embeddings (NEFTune)", live=(None,), gt=0)
     seed: int = key(42, "seed of the adapter's start, the order of rows and dropout", ge=0, lt=2**32)
     on_nonfinite: Literal["stop", "skip"] = key(

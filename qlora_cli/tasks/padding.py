@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
 def moved(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; on a GPU from pinned memory, so that nobody waits for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+    """The tensor on `device`; on a GPU from pinned memory, so that nobody waits for the copy.
+
+    It keeps what it was copied from as `on_host`, for an embedding that lies there (model/placement.py).
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    found: Any = tensor.pin_memory().to(device, non_blocking=True)
+    found.on_host = tensor
+    copied: Tensor = found
+    return copied
 
 
 def padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:

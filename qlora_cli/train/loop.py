@@ -126,6 +126,8 @@ def out_of_memory(session: Session, error: RuntimeError) -> UserError:
     peak = readable_bytes(memory_bytes(session.base.device))
     all_recomputed = session.recomputing.number >= session.recomputing.of
     more = "" if all_recomputed else ", or set training.gradient_checkpointing: true"
+    if session.base.device.type == "cuda" and session.recipe.training.memory in ("auto", "fast"):
+        more += ", or set training.memory: offload or lean"
     return UserError(
         f"step {session.step + 1}",
         f"out of memory at a peak of {peak} with {session.recomputing.words}, the longest row has {longest:,} tokens: "
@@ -157,28 +159,27 @@ def take_step(session: Session, window: Window[Example], stop_code: Callable[[],
 def gradient_of(session: Session, window: Window[Example], num_tokens: int) -> Tensor:
     """Adds the gradient of this process's share of the window, and returns its share of the loss.
 
-    Where memory runs out, more layers are recomputed and the window begins anew, from the same state of the generators:
-    bit for bit what it had been with room enough. Raises that error where that is not to be, or is all of them;
-    of several processes none can go back alone, since the others wait for its gradient.
+    Where memory runs out, less is kept and the window begins anew, from the same state of the generators: bit for bit
+    what it had been with room enough. Raises that error where nothing less is to be had; of several processes none can
+    go back alone, since the others wait for its gradient.
     """
     recomputing = session.recomputing
-    may_grow = recomputing.may_grow and session.accelerator.num_processes == 1
-    state, again = random_state() if may_grow else {}, False
+    alone = session.accelerator.num_processes == 1
+    state, again = random_state() if alone and recomputing.has_more else {}, False
     before = start_measuring(session.base.device) if recomputing.planner is not None else 0
     while True:
         try:
             loss = accumulate(session.base, session.model, own_batches(session, window), num_tokens)
             break
         except RuntimeError as error:
-            if not (ran_out(error) and may_grow) or recomputing.number >= recomputing.of:
+            if not (ran_out(error) and alone and recomputing.has_more):
                 raise
         tried = recomputing.words  # behind the handler, whose traceback holds on to the tensors of the pass
         forget_step(session.optimizer, state)
-        grow(recomputing, again)
+        again = grow(recomputing, again)
         session.report.say(
             f"memory   ran out in step {window.step + 1} with {tried}: it is repeated with {recomputing.words}"
         )
-        again = True
     if recomputing.planner is not None:
         taken = torch.cuda.max_memory_allocated(session.base.device) - before
         correct(recomputing, own_batches(session, window), taken, session.report.say)

@@ -1,6 +1,7 @@
-"""How many layers a run recomputes: chosen before it, corrected after its first step, raised where memory runs out.
+"""How a run uses memory: layers that are recomputed, what these were given on the host, weights kept dequantised.
 
-No number changes a bit of what is learned, so none is part of a checkpoint, and a step that ran out is just repeated.
+How many is chosen before the run, corrected after its first step, and changed where memory runs out. Nothing of it
+changes a bit of what is learned, so it is no part of a checkpoint, and a step that ran out is just repeated.
 """
 
 from __future__ import annotations
@@ -8,12 +9,16 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 
-from qlora_cli.model.base import Base
+from qlora_cli.kernels.host_stack import HostStack
+from qlora_cli.model.base import Base, readable_bytes
+from qlora_cli.model.kept_weights import drop_weights, keep_weights
+from qlora_cli.model.placement import LESS_THAN_THE_MODEL
 from qlora_cli.model.recompute import checkpointing_layers, recompute
+from qlora_cli.recipe.schema import Training
 from qlora_cli.tasks.table import AnyBatch
 from qlora_cli.train.step import random_state, restore_random_state
 
@@ -58,12 +63,16 @@ class Planner(Protocol):
     def correct(self, seen: Seen) -> Choice | None:
         """After the first step on a GPU; None where the choice stands."""
 
+    def spare(self, need: Need, number: int) -> int:
+        """Bytes of weights that can be kept beside a step with the first `number` layers recomputed."""
+
 
 @dataclass
 class Recomputing:
     """The first `number` of `of` layers are recomputed. may_grow: more of them, where memory runs out.
 
-    planner: who chose, as long as it is to be told what the first step takes.
+    planner: who chose, as long as it is to be told what the first step takes. stack: has what these layers were given.
+    keeps: whether weights are kept dequantised.
     """
 
     model: Any
@@ -71,16 +80,23 @@ class Recomputing:
     of: int
     may_grow: bool = False
     planner: Planner | None = None
+    stack: HostStack | None = None
+    keeps: bool = False
 
     def change(self, number: int) -> None:
         """From the next forward pass on."""
-        recompute(self.model, number)
+        recompute(self.model, number, self.stack)
         self.number = number
 
     @property
     def words(self) -> str:
         """As in `layers 0 to 11 of 32 recomputed`."""
-        return words(self.number, self.of)
+        return words(self.number, self.of) + (" and weights kept dequantised" if self.keeps else "")
+
+    @property
+    def has_more(self) -> bool:
+        """Whether there is a way to need less memory."""
+        return self.keeps or (self.may_grow and self.number < self.of)
 
 
 def words(number: int, of: int) -> str:
@@ -92,13 +108,16 @@ def words(number: int, of: int) -> str:
     return f"layer{'s 0 to' if number > 1 else ''} {number - 1} of {of} recomputed"
 
 
-def begin(wanted: Literal["auto"] | bool, need: Need, planner: Planner | None, say: Say) -> Recomputing:
+def begin(training: Training, need: Need, planner: Planner | None, say: Say) -> Recomputing:
     """Sets the recipe's recomputation: of all layers, of none, or for `auto` of as many as the planner says.
 
-    Where nobody plans, or a model has no layers to choose from, `auto` is all on a GPU and none on a CPU.
+    Where nobody plans, or a model has no layers to choose from, `auto` is all on a GPU and none on a CPU; it is all
+    where training.memory is to be less than the model. For `fast` weights are kept as far as the planner finds room.
     """
     model, on_gpu = need.base.model, need.base.device.type == "cuda"
     of = len(checkpointing_layers(model))
+    wanted, less = training.gradient_checkpointing, training.memory in LESS_THAN_THE_MODEL
+    wanted = True if wanted == "auto" and less else wanted
     asked = planner if wanted == "auto" and of else None
     everything = wanted is True or (wanted == "auto" and on_gpu)
     choice = Choice(max(1, of) if everything else 0)
@@ -108,15 +127,39 @@ def begin(wanted: Literal["auto"] | bool, need: Need, planner: Planner | None, s
         restore_random_state(state)
         for line in choice.lines:
             say(line)
-    found = Recomputing(model, 0, max(1, of), wanted == "auto", asked if on_gpu else None)
+    stack = HostStack(need.base.device) if less and on_gpu else None
+    found = Recomputing(model, 0, max(1, of), wanted == "auto", asked if on_gpu else None, stack)
     found.change(choice.number)
+    if less and not on_gpu:
+        say(f"memory   {training.memory} moves nothing on a CPU, whose memory is the host's; {found.words}")
+    if training.memory == "fast":
+        keep(found, need, planner, say)
     return found
 
 
-def grow(recomputing: Recomputing, again: bool) -> None:
-    """More layers after memory ran out: halfway to all of them, and if it ran out `again` in the same step, all."""
-    number, of, recomputing.planner = recomputing.number, recomputing.of, None  # it has been corrected by this
+def keep(recomputing: Recomputing, need: Need, planner: Planner | None, say: Say) -> None:
+    """Keeps weights dequantised as far as there is room; all of them where nobody plans."""
+    state = random_state()
+    most = None if planner is None else planner.spare(need, recomputing.number)
+    restore_random_state(state)
+    kept = keep_weights(need.base.model, need.base.compute_dtype, most)
+    recomputing.keeps = kept.number > 0
+    say(f"memory   {kept.words}, {readable_bytes(kept.num_bytes)}")
+
+
+def grow(recomputing: Recomputing, again: bool) -> bool:
+    """Needs less after memory ran out; whether more layers are recomputed for it.
+
+    First no weight is kept. Then it is halfway to all layers, and if it ran out `again` in the same step, all.
+    """
+    recomputing.planner = None  # it has been corrected by this
+    if recomputing.keeps:
+        recomputing.keeps = False
+        drop_weights(recomputing.model)
+        return False
+    number, of = recomputing.number, recomputing.of
     recomputing.change(of if again else (number + of + 1) // 2)
+    return True
 
 
 def ran_out(error: RuntimeError) -> bool:

@@ -29,6 +29,7 @@ MAY_CHANGE = (
     "training.save_steps",
     "training.save_total_limit",
     "training.gradient_checkpointing",
+    "training.memory",
 )
 """Keys that may differ when a run is continued: they do not touch what is learned."""
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 from qlora_cli.data.examples import Examples
@@ -16,11 +17,15 @@ from qlora_cli.errors import UserError
 from qlora_cli.evaluate.suite import Opened
 from qlora_cli.model.adapter import attach_adapter, load_adapter
 from qlora_cli.model.base import Base, Found, find_base, fingerprint, load_base
+from qlora_cli.model.compiled import check_compiler, compile_layers
+from qlora_cli.model.layer_kernels import check_kernels, in_words
+from qlora_cli.model.placement import loaded_on
 from qlora_cli.model.skeleton import check_storage
 from qlora_cli.model.start import changes_base
 from qlora_cli.model.stored_base import Making, on_stored_base, start_folder
 from qlora_cli.model.whole_folder import fault
 from qlora_cli.recipe import Recipe
+from qlora_cli.recipe.schema import Training
 from qlora_cli.train.allocator import keep_freed_memory
 from qlora_cli.train.base import calibration_rows, make_base, recipe_of_base
 from qlora_cli.train.best import Best, restored
@@ -92,6 +97,7 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str, planner: Plan
     """
     training = recipe.training
     accelerator = build_accelerator(recipe, run)
+    check_machine(training, accelerator.device)
     on_base = recipe_of_base(recipe, run)
     found = find_base(on_base)
     check_storage(on_base, found)
@@ -107,7 +113,7 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str, planner: Plan
         refuse_long_stream(found, feed)
     if on_base is recipe and changes_base(recipe.adapter):
         rows = calibration_rows(recipe, feed.examples.rows, report)
-        making = Making(report.say, accelerator.device, run.base, rows)
+        making = Making(report.say, loaded_on(recipe, accelerator.device), run.base, rows)
         on_base = with_made_base(recipe, run, found, making, accelerator)
         found = find_base(on_base)
     base = load_base(on_base, accelerator.device, found)
@@ -143,6 +149,13 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str, planner: Plan
     return session
 
 
+def check_machine(training: Training, device: torch.device) -> None:
+    """Refuses kernels and compilation that cannot be had on this machine, before anything is loaded."""
+    check_kernels(training, device)
+    if training.torch_compile:
+        check_compiler(device)
+
+
 def with_made_base(recipe: Recipe, run: Run, found: Found, making: Making, accelerator: Any) -> Recipe:
     """The recipe on the base that the adapter's start makes, which the main process stores for all."""
     from accelerate.utils import broadcast_object_list
@@ -152,10 +165,12 @@ def with_made_base(recipe: Recipe, run: Run, found: Found, making: Making, accel
 
 
 def say_base(report: Report, recipe: Recipe, base: Base) -> None:
-    """How many bytes of the base lie in which type, and what is odd about it on this device."""
+    """How many bytes of the base lie in which type, what is odd about it on this device, and which layers are fused."""
     report.say(f"base     {recipe.model.name_or_path}  {base.summary}")
     if base.note:
         report.say(f"note     {base.note}")
+    if kernels := in_words(base.model):
+        report.say(f"kernels  {kernels}")
 
 
 def say_if_held_out_changed(run: Run, eval_set: Examples, report: Report) -> None:
@@ -261,10 +276,12 @@ def seed_processes(session: Session) -> None:
 
 
 def start_training(session: Session, planner: Planner | None) -> None:
-    """Sets training mode, and how many layers are recomputed in backward."""
+    """Sets training mode, and how many layers are recomputed in backward; compiles them, where the recipe says so."""
     base, feed, training = session.base, session.feed, session.recipe.training
     session.model.train()
     base.model.config.use_cache = False
     filled = feed.capacity is not None
     need = Need(base, training.micro_batch_size, feed.capacity or feed.longest, session.packed or filled)
-    session.recomputing = begin(training.gradient_checkpointing, need, planner, session.report.say)
+    session.recomputing = begin(training, need, planner, session.report.say)
+    if training.torch_compile:
+        session.report.say(f"compile  {compile_layers(session.model)} layers, in their first steps")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Marking(QuietReport):
         self.loss = values["loss"]
 
 
-def recipe_of(case: Case) -> Recipe:
+def recipe_of(case: Case, memory: str = "auto") -> Recipe:
     """The case as a user would write it: packing and the rest as they are by default, where the case says nothing."""
     source = {"path": str(case.texts)} if case.data else {"path": str(case.texts), "format": "text"}
     rows: dict[str, Any] = {"train": [source], "max_length": case.length}
@@ -46,6 +47,7 @@ def recipe_of(case: Case) -> Recipe:
         "warmup_steps": 0,
         "optimizer": "adamw",
         "gradient_checkpointing": case.recompute,
+        "memory": memory,
         "seed": case.seed,
         **length,
     }
@@ -61,12 +63,12 @@ def recipe_of(case: Case) -> Recipe:
     )
 
 
-def run(case: Case, channel: Channel) -> None:
+def run(case: Case, channel: Channel, memory: str = "auto") -> None:
     """Trains as `qlora train` does, from the recipe on; evaluation and checkpoints, which are not due, are left out.
 
     Metrics are logged with the last step of every command, on the clock: at least as often as in a run.
     """
-    recipe, report = recipe_of(case), Marking(channel)
+    recipe, report = recipe_of(case, memory), Marking(channel)
     with locked(Path(recipe.output_dir)) as folder:
         claim(folder, recipe, b"")
         session = prepare(recipe, folder, report, "never")
@@ -79,6 +81,9 @@ def run(case: Case, channel: Channel) -> None:
             if channel.due == 1:
                 log_metrics(session, window)
             channel.record(lambda: report.loss, counted(session, window))
+
+
+fast, offload, lean = (partial(run, memory=value) for value in ("fast", "offload", "lean"))
 
 
 def counted(session: Session, window: Any) -> Any:

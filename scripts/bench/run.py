@@ -7,6 +7,7 @@
 Contestants
 
     ours           this package's session and optimizer step, from a recipe
+    ours-fast      the same with training.memory: fast; on a GPU there are also ours-offload and ours-lean (g2)
     naive          transformers + bitsandbytes + PEFT as in PEFT's guide to quantisation, in a plain loop
     naive-autocast the same with the forward pass under bfloat16 autocast
     trl            TRL 1.16's SFTTrainer.train() at the case's settings
@@ -94,7 +95,7 @@ def main() -> int:
 def measured(chosen: str, machine: Machine, arguments: argparse.Namespace) -> Any:
     """The results of a set's cases, each printed as soon as it is there."""
     if chosen == "g3":
-        found = context.longest_contexts(machine, arguments.contestants or ("ours", "naive", "trl"))
+        found = context.longest_contexts(machine, arguments.contestants or ("ours", "ours-lean", "naive", "trl"))
         print(context.table(found), flush=True)
         yield found
         return

@@ -22,6 +22,9 @@ from channel import Channel
 
 CONTESTANTS = {
     "ours": ("contestant_ours", "run", "qlora"),
+    "ours-fast": ("contestant_ours", "fast", "qlora"),
+    "ours-offload": ("contestant_ours", "offload", "qlora"),
+    "ours-lean": ("contestant_ours", "lean", "qlora"),
     "naive": ("contestant_naive", "plain", "peft"),
     "naive-autocast": ("contestant_naive", "autocast", "peft"),
     "trl": ("contestant_trl", "matched", "trl"),

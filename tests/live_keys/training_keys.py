@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +13,12 @@ from torch import Tensor
 
 from qlora_cli import commands
 from qlora_cli.display import QuietReport
+from qlora_cli.errors import UserError
 from qlora_cli.kernels.output_layer import PROVEN_ON
+from qlora_cli.model.base import load_config
+from qlora_cli.model.layer_kernels import in_words
+from qlora_cli.model.recompute import checkpointing_layers
+from qlora_cli.plan.memory import plan
 from qlora_cli.recipe import Recipe
 from qlora_cli.train.optimizers import build_optimizer
 from tests.live_keys.bench import RATE, Bench, Live, Watch, becomes, watched
@@ -21,6 +27,10 @@ BY_EPOCHS = {"training.max_steps": None, "training.epochs": 2}
 FLAT = {"training.lr_scheduler": "constant"}
 SLOPED = {"training.lr_scheduler": "linear"}
 WIDE = {"adapter.r": 64}
+CHOSEN = {"training.gradient_checkpointing": "auto"}
+EMBEDDING = 259 * 64 * 4  # bytes of the tiny model's, in fp32
+LAYERS = 2 * (36_864 // 2 + 14 * 256)  # codes, and the two kinds of scales of seven weights, each in 256 bytes
+OUR_LAYERS = "5 norms and 2 MLPs fused (torch functions)"
 EIGHT_BIT = {torch.uint8, torch.float32}  # bitsandbytes keeps 32 bits for the matrices below 4,096 weights
 
 
@@ -117,6 +127,30 @@ def attentions_and_gradient(watch: Watch) -> tuple[float, Tensor]:
 def recomputed(without: tuple[float, Tensor], with_value: tuple[float, Tensor]) -> bool:
     same = torch.allclose(without[1], with_value[1], rtol=1e-5, atol=1e-8)
     return without[0] == 2 and with_value[0] == 4 and same
+
+
+def kept_weights(bench: Bench, recipe: Recipe) -> int:
+    """Linear layers that have their weight dequantised."""
+    return sum("kept_weight" in vars(module) for module in bench.prepared(recipe).base.model.modules())
+
+
+def planned_in_host_memory(bench: Bench, recipe: Recipe) -> int:
+    """Bytes of weights beside a GPU."""
+    return plan(recipe, load_config(Path(recipe.model.name_or_path), recipe.model), "cuda").memory.host["weights"]
+
+
+def fused_layers(bench: Bench, recipe: Recipe) -> str:
+    """Which modules of the base have fused functions, or where the recipe is refused."""
+    try:
+        return in_words(bench.prepared(recipe).base.model)
+    except UserError as error:
+        return f"exit {int(error.code)} for {error.where}"
+
+
+def compiled_layers(bench: Bench, recipe: Recipe) -> int:
+    """Layers with a compiled forward; tests/model/test_compiled.py runs it."""
+    layers = checkpointing_layers(bench.prepared(recipe).base.model)
+    return sum(getattr(layer, "is_compiled", False) for layer in layers)
 
 
 def start_and_order(watch: Watch) -> tuple[Tensor, list[Any]]:
@@ -241,6 +275,18 @@ TRAINING = [
     Live("training.max_grad_norm", 0.01, of_run(norms), clipped_to(0.01)),
     Live("training.max_grad_norm", 0, of_run(norms), clipped_to(0)),
     Live("training.gradient_checkpointing", True, of_run(attentions_and_gradient), recomputed),
+    Live("training.memory", "fast", kept_weights, becomes(0, 14)),
+    *(
+        Live("training.memory", value, of_run(attentions_and_gradient), recomputed, CHOSEN)
+        for value in ("offload", "lean")
+    ),
+    Live("training.memory", "offload", planned_in_host_memory, becomes(0, EMBEDDING)),
+    Live("training.memory", "lean", planned_in_host_memory, becomes(0, EMBEDDING + LAYERS)),
+    *(
+        Live("training.layer_kernels", value, fused_layers, becomes(OUR_LAYERS, seen))
+        for value, seen in (("torch", ""), ("liger", "exit 2 for training.layer_kernels"))
+    ),
+    Live("training.torch_compile", True, compiled_layers, becomes(0, 2)),
     Live(
         "training.seed",
         8,

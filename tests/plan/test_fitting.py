@@ -12,11 +12,14 @@ from safetensors.torch import load_file
 
 from qlora_cli import commands
 from qlora_cli.display import QuietReport
+from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import Base, load_base
+from qlora_cli.model.kept_weights import all_weights_bytes
 from qlora_cli.plan import fitting
 from qlora_cli.plan.fitting import LEAST_SHARE, SPARE_BYTES, SPARE_SHARE, Fitting, fewest_within, there
 from qlora_cli.plan.memory import Memory, Rehearsals
 from qlora_cli.plan.meta_base import meta_model
+from qlora_cli.quant.layers import quantized_linear
 from qlora_cli.recipe import Recipe
 from qlora_cli.train.recompute import Choice, Need, Seen
 from qlora_cli.train.room import Room
@@ -94,7 +97,7 @@ def test_what_the_process_holds_counts_as_far_as_the_plan_counts_it_too(recipe, 
 
 
 def test_a_run_that_does_not_fit_goes_on_with_all_layers_and_changes_that_would_fit(recipe, need, planned):
-    _, choice = choose(recipe, need, needed(planned[-1]) - (1 << 20))
+    _, choice = choose(recipe, need, needed(planned[-1]) - (1 << 18))
     assert choice.number == LAYERS
     line, warning = choice.lines
     assert line.endswith(f"all {LAYERS} layers recomputed")
@@ -191,4 +194,45 @@ def test_train_plans_first_and_the_plan_touches_nothing_that_is_learned(make_rec
     (line,) = (line for line in said if line.startswith("memory"))
     assert line.startswith("memory   planned peak ")
     assert line.endswith(" GB, no layer recomputed")
+    assert all(adapters[0][name].equal(adapters[1][name]) for name in adapters[1])
+
+
+def test_weights_are_kept_in_the_room_that_a_step_leaves_and_count_from_then_on(recipe, need, planned):
+    need = replace(need, base=load_base(recipe, torch.device("cpu")))
+    attach_adapter(need.base, recipe.adapter)
+    every = all_weights_bytes(need.base.model, torch.bfloat16)
+    assert every == 2 * sum(module.weight.numel() * 2 for module in quantized_linear(need.base.model).values())
+    for number in (0, 2):
+        planner, _ = choose(recipe, need, needed(planned[number]) + 1000)
+        assert planner.spare(need, number) == 1000
+        assert planner.spare(need, number) == 0, "taken"
+    fresh = Fitting(recipe, lambda device: Room(needed(planned[2]) + 1000, 0))
+    assert fresh.spare(need, 2) == 1000, "where the recipe says how many layers, nobody asked before"
+    assert Fitting(recipe, lambda device: Room(1000, 0)).spare(need, 0) == 0
+    roomy, _ = choose(recipe, need, 1 << 40)
+    assert roomy.spare(need, 0) > every
+    assert roomy.rehearsed is not None
+    assert roomy.rehearsed.kept_bytes == every
+
+
+def test_a_run_that_is_fast_keeps_its_weights_and_learns_the_same(make_recipe, rows_file, tmp_path):
+    said: list[str] = []
+
+    class Told(QuietReport):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    adapters = []
+    for value in ("auto", "fast"):
+        recipe = make_recipe(
+            data={"train": [{"path": str(rows_file)}]},
+            training={"max_steps": 2, "memory": value, "gradient_checkpointing": False},
+            quantization={"compute_dtype": "bfloat16"},
+            output_dir=str(tmp_path / value),
+        )
+        folder = commands.train(recipe, b"", Told(), main_process=True, resume="auto", pause_at=None)
+        adapters.append(load_file(folder / "adapter_model.safetensors"))
+    assert [line for line in said if line.startswith("memory")] == [
+        "memory   all 14 weights kept dequantised, 147.5 kB"
+    ]
     assert all(adapters[0][name].equal(adapters[1][name]) for name in adapters[1])

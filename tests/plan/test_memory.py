@@ -10,6 +10,7 @@ import torch
 from transformers import LlamaConfig
 
 from qlora_cli.plan import memory
+from qlora_cli.plan.advice import offers
 from qlora_cli.plan.allocator import LARGE_SEGMENT, SMALL_SEGMENT, reserved
 from qlora_cli.plan.memory import MOST_ROWS, Plan, Rehearsals, alike, all_changes, plan
 from qlora_cli.plan.meta_base import meta_model
@@ -173,7 +174,7 @@ def test_the_largest_is_never_below_what_is_planned_and_fits():
 
 def test_changes_come_together_until_it_fits_and_none_that_makes_nothing_smaller():
     """Paged state in 32 bits is in the host, where 8 bits make the device's share no smaller."""
-    recipe = tiny_recipe(micro_batch_size=2, gradient_checkpointing=True, optimizer="paged_adamw_32bit")
+    recipe = tiny_recipe(micro_batch_size=2, gradient_checkpointing=True, optimizer="paged_adamw_32bit", memory="lean")
     recipe = recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"r": 512})})
     stage = Rehearsals(recipe, meta_model(recipe, CONFIG, "cuda"), "cuda")
 
@@ -216,6 +217,65 @@ def test_where_auto_recomputes_all_layers_so_do_its_changes():
     assert stage.checkpointed == 0
     stage.checkpointed = stage.num_layers
     assert alike(stage, recipe, CONFIG).memory(2, 256).num_bytes == stage.memory(2, 256).num_bytes
+
+
+def test_what_lies_in_host_memory_leaves_the_gpu_and_nothing_else_does():
+    """Of a lean run's weights the host has those of all layers and the embedding, the device two layers and a head."""
+    recipe = tiny_recipe(gradient_checkpointing=True)
+    memories = {}
+    for value in ("auto", "offload", "lean"):
+        training = recipe.training.model_copy(update={"memory": value})
+        memories[value] = plan(recipe.model_copy(update={"training": training}), CONFIG, "cuda").memory
+    auto, offload, lean = memories.values()
+    embedding = 1024 * 256 * 2
+    assert offload.host["weights"] == embedding == on_device(auto) - on_device(offload)
+    layers = lean.host["weights"] - embedding
+    assert layers % 3 == 0, "three layers alike"
+    assert 0 <= on_device(lean) - (on_device(auto) - embedding - layers + 2 * layers // 3) < 3 * 21 * 256
+    assert auto.host["activations"] == 0
+    for less in (offload, lean):
+        assert less.host["activations"] == 2 * 4 * 256 * 256 * 2, "what the second layer and the third are given"
+        assert less.peak.num_bytes < auto.peak.num_bytes - embedding
+    kinds = ("adapter", "optimizer", "activations", "temporary")
+    assert all(lean.peak.by_kind[kind] == offload.peak.by_kind[kind] for kind in kinds)
+    assert plan(recipe, CONFIG, "cpu").memory == plan(with_memory(recipe, "lean"), CONFIG, "cpu").memory
+
+
+def on_device(memory: memory.Memory) -> int:
+    return memory.peak.by_kind["weights"]
+
+
+def with_memory(recipe: Recipe, value: str) -> Recipe:
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"memory": value})})
+
+
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_weights_are_kept_dequantised_in_what_a_budget_leaves(kind):
+    recipe = tiny_recipe()
+    auto, fast = plan(recipe, CONFIG, kind).memory, plan(with_memory(recipe, "fast"), CONFIG, kind).memory
+    every = 3 * (4 * 256 * 256 + 3 * 256 * 512) * 2
+    assert fast.kept_bytes == every == on_device(fast) - on_device(auto)
+    assert fast.num_bytes == auto.num_bytes + every
+    for room in (every + 1, every - 1, 1, 0, -1):
+        found = plan(with_memory(recipe, "fast"), CONFIG, kind, auto.num_bytes + room)
+        assert found.memory.kept_bytes == max(0, min(every, room))
+        assert found.fits is (room >= 0)
+
+
+def test_a_gpu_that_is_too_small_is_told_of_host_memory():
+    recipe = tiny_recipe(gradient_checkpointing=True, micro_batch_size=1)
+    large = LlamaConfig(hidden_size=1024, intermediate_size=4096, num_hidden_layers=8, vocab_size=1 << 15)
+    need = {value: plan(with_memory(recipe, value), large, "cuda").memory.num_bytes for value in ("offload", "lean")}
+    for value, num_bytes in need.items():
+        told = {change.value: change.num_bytes for change in plan(recipe, large, "cuda", num_bytes).changes}
+        assert told[value] == num_bytes
+    assert "lean" not in {change.value for change in plan(recipe, large, "cuda", need["lean"] - 1).changes}
+    assert "lean" not in {change.value for change in plan(recipe, large, "cpu", 1 << 20).changes}
+    assert [*offers(recipe, True, "cuda")] == [{"training.memory": "offload"}, {"training.memory": "lean"}]
+    assert next(iter(offers(with_memory(recipe, "fast"), True, "cuda"))) == {"training.memory": "auto"}
+    for update in ({"adapter": {"use_dora": True}}, {"quantization": {"data_type": "int8"}}):
+        other = recipe_for(Path("somewhere"), **update)
+        assert {"training.memory": "lean"} not in offers(other, True, "cuda")
 
 
 def test_a_device_smaller_than_its_own_context_gets_no_advice():

@@ -18,6 +18,7 @@ import torch
 from transformers import LlamaConfig
 
 from qlora_cli.plan.target import size_of, target_of
+from scripts import plan_table
 from scripts.plan_table import GB, PAPER_GB, SHAPES, config_of, line_of, rehearsed
 from tests.conftest import REPOSITORY, Ended
 
@@ -307,6 +308,18 @@ def test_eighty_layers_are_rehearsed_in_6_cpu_seconds():
     peak, _ = rehearsed("nf4", config_of("65B"))
     assert time.process_time() - before < 6 * 1.5
     assert peak.where == "backward of layer 0"
+
+
+def test_the_table_by_memory_of_the_page_is_what_its_script_prints(monkeypatch, capsys):
+    monkeypatch.setattr(plan_table, "LENGTHS", (2048,))
+    plan_table.by_memory()
+    printed = [line for line in capsys.readouterr().out.splitlines() if "2,048" in line]
+    page = (REPOSITORY / "docs" / "plan.md").read_text().splitlines()
+    for line in printed:
+        value, told = line.split("|")[1], line.split("|")[3:-1]
+        row = next(row for row in page if row.startswith(f"|{value}| 2,048 |"))
+        assert [float(cell) for cell in row.split("|")[3:-1]] == pytest.approx([float(cell) for cell in told], rel=0.01)
+    assert len(printed) == 4
 
 
 def test_the_table_of_the_page_is_what_its_script_prints():

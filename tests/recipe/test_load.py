@@ -182,7 +182,6 @@ def test_the_default_and_auto_are_always_legal(recipe_file: Path, override: str)
     ("override", "words"),
     [
         ("quantization.compute_dtype=float16", "is not available yet. Use auto, bfloat16 or float32."),
-        ("training.torch_compile=true", "is not available yet. Leave it out: only false works today."),
         ("model.added_tokens=[x]", "`model.added_tokens: ['x']` is not available yet. Leave it out: only [] works"),
     ],
 )

@@ -15,6 +15,11 @@ from qlora_cli.recipe.problems import Problem
 from qlora_cli.recipe.rules import RULES, broken_rules
 
 BROKEN = [
+    (
+        "training: {layer_kernels: liger, torch_compile: true}",
+        "training.layer_kernels",
+        "`layer_kernels: liger` beside `torch_compile: true`",
+    ),
     ("data: {source_max_length: 16}", "data.source_max_length", "`source_max_length: 16` without `target_max_length`"),
     ("data: {target_max_length: 16}", "data.target_max_length", "`target_max_length: 16` without `source_max_length`"),
     (
@@ -77,6 +82,16 @@ BROKEN = [
         "adapter: {use_dora: true}\nquantization: {data_type: int8}",
         "adapter.use_dora",
         "`use_dora: true` with `data_type: int8` is not available yet",
+    ),
+    (
+        "training: {memory: lean}\nquantization: {data_type: int8}",
+        "training.memory",
+        "`memory: lean` beside `quantization.data_type: int8`, whose layers cannot be streamed",
+    ),
+    (
+        "training: {memory: lean}\nadapter: {use_dora: true}",
+        "training.memory",
+        "`memory: lean` beside `adapter.use_dora`, for which PEFT reads the layers by itself",
     ),
     (
         "adapter: {loftq: {iterations: 1}}",
@@ -405,6 +420,8 @@ SOUND = [
     "adapter: {init: olora}\nquantization: {data_type: int8, block_size: 32, double_quant: false}",
     "adapter: {init: loftq}\ntraining: {max_steps: 5}\ndata: {train: [{path: a.jsonl, streaming: true}]}",
     "training: {max_steps: 10, epochs: 1}",
+    "training: {memory: offload}\nadapter: {use_dora: true}\nquantization: {data_type: none}",
+    "training: {memory: lean}\nadapter: {init: loftq}\nquantization: {data_type: int8}",
     "training: {warmup_steps: 10, warmup_ratio: 0.03}",
     "training: {lr_scheduler: linear, min_lr_ratio: 0.1}",
     "training: {max_steps: 5}\ndata: {train: [{path: a.jsonl, streaming: true}]}",
@@ -477,11 +494,11 @@ def test_the_problem_points_at_the_line_of_the_key(tmp_path: Path):
 
 def test_a_rule_says_nothing_of_a_value_that_is_already_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     def ours(recipe: Recipe) -> Iterator[Problem]:
-        yield Problem(("training", "torch_compile"), "`torch_compile: true` is not wanted", "Delete it")
+        yield Problem(("training", "on_nonfinite"), "`on_nonfinite: skip` is not wanted", "Delete it")
 
     monkeypatch.setattr(rules, "RULES", (*RULES, ours))
     path = tmp_path / "r.yaml"
-    path.write_text("model: {name_or_path: b}\ndata: {train: [{path: x}]}\ntraining: {torch_compile: true}\n")
+    path.write_text("model: {name_or_path: b}\ndata: {train: [{path: x}]}\ntraining: {on_nonfinite: skip}\n")
     with pytest.raises(UserErrors) as caught:
         load_recipe(path)
     assert len(caught.value.problems) == 1

@@ -26,14 +26,18 @@ PADDED, STREAMED, PACKED = {"packing": False}, {"packing": False, "streaming": T
 class Fixed:
     """A planner that knows what it wants, and draws from the generators for it."""
 
-    def __init__(self, number: int, then: int | None = None) -> None:
-        self.number, self.then = number, then
+    def __init__(self, number: int, then: int | None = None, room: int = 0) -> None:
+        self.number, self.then, self.room = number, then, room
         self.asked: list[Need | Seen] = []
 
     def choose(self, need: Need) -> Choice:
         self.asked.append(need)
         torch.rand(7)
         return Choice(self.number, ("memory   as planned",))
+
+    def spare(self, need: Need, number: int) -> int:
+        torch.rand(7)
+        return self.room
 
     def correct(self, seen: Seen) -> Choice | None:
         self.asked.append(seen)
@@ -265,6 +269,54 @@ def test_numbers_grow_to_all_and_are_told_in_words():
         "all 4 layers recomputed",
     ]
     assert [words(number, 4) for number in (0, 1, 2, 4)] == told
+
+
+# ── weights kept dequantised ─────────────────────────────────────────────────────────────────────────────────────────
+
+WEIGHTS = 2 * LAYERS * (4 * 64 * 64 + 3 * 64 * 128)
+"""Bytes that the tiny model's linear layers take in bf16 at most."""
+
+
+@pytest.mark.parametrize("number", [0, LAYERS])
+def test_fast_keeps_as_many_weights_as_there_is_room_for_and_changes_no_bit(train, tmp_path, number):
+    train("auto", Fixed(number))
+    for room, told in ((WEIGHTS, "all 28 weights"), (WEIGHTS // 2, "17 of 28 weights"), (1, "0 of 28 weights")):
+        lines = train(str(room), Fixed(number, room=room), memory="fast")
+        assert lines[1].startswith(f"memory   {told} kept dequantised, "), "the small ones that still fit too"
+        assert_equal(tmp_path / "auto", tmp_path / str(room))
+
+
+def test_a_kept_weight_is_what_is_multiplied_with(train, spied):
+    """The test above would pass if none were read."""
+    train("run", Fixed(0, room=WEIGHTS), memory="fast", pause_at=1)
+    base, model = spied.session.base, spied.session.model
+    ids = torch.arange(3, 20)[None]
+    with torch.no_grad(), base.compute():
+        before = model.eval()(ids).logits
+        base.model.model.layers[1].mlp.up_proj.base_layer.kept_weight.zero_()
+        assert not torch.equal(model(ids).logits, before)
+
+
+def test_where_memory_runs_out_no_weight_is_kept_before_more_layers_are_recomputed(train, spied, tmp_path):
+    train("whole", Fixed(0))
+    spied.count, spied.fails = 0, {3, 4}
+    lines = train("short", Fixed(0, room=WEIGHTS), memory="fast")[2:]
+    assert lines == [
+        "memory   ran out in step 2 with no layer recomputed and weights kept dequantised: "
+        "it is repeated with no layer recomputed",
+        "memory   ran out in step 2 with no layer recomputed: it is repeated with layers 0 to 1 of 4 recomputed",
+    ]
+    assert_equal(tmp_path / "whole", tmp_path / "short")
+    spied.count, spied.fails = 0, {1, 2}
+    with pytest.raises(UserError, match=r"out of memory at a peak of .* with all 4 layers recomputed,"):
+        train("all", Fixed(0, room=WEIGHTS), memory="fast", gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("memory", ["offload", "lean"])
+def test_on_a_cpu_there_is_nothing_to_move_and_all_is_recomputed(train, spied, memory):
+    said = f"memory   {memory} moves nothing on a CPU, whose memory is the host's; "
+    assert train("auto", Fixed(0), memory=memory) == [f"{said}all 4 layers recomputed"]
+    assert train("false", Fixed(0), memory=memory, gradient_checkpointing=False) == [f"{said}no layer recomputed"]
 
 
 # ── after the first step ─────────────────────────────────────────────────────────────────────────────────────────────
