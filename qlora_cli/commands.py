@@ -20,7 +20,6 @@ from qlora_cli.model.base import Base, default_device, find_base, fingerprint, l
 from qlora_cli.model.heads import auto_class
 from qlora_cli.model.layout import Made
 from qlora_cli.model.owner import start_of
-from qlora_cli.model.placement import loaded_on
 from qlora_cli.model.prequantized import method_of, refuse_merge
 from qlora_cli.model.source import read_config
 from qlora_cli.model.start import changes_base
@@ -93,8 +92,7 @@ def quantize(recipe: Recipe, report: Report, out: Path) -> dict[str, Any]:
     found = find_base(recipe)
     wanted = recipe.adapter.loftq.calibration
     rows = encode_role(recipe, found, "train", report, date.today()).rows if wanted else ()
-    device = loaded_on(recipe, default_device())
-    making = Making(report.say, device, out, calibration_rows(recipe, rows, report))
+    making = Making(report.say, default_device(), out, calibration_rows(recipe, rows, report))
     table = quantize_base(recipe, found, out, making)
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     return {"out": str(out), "bytes": size, "table": [asdict(line) for line in table]}

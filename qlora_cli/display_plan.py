@@ -80,11 +80,16 @@ def around(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if memory["kept_dequantised_bytes"]:
         yield "kept", f"{size(memory['kept_dequantised_bytes'])} of the weights are dequantised ones that stay"
     if memory["host_bytes"]:
-        parts = [f"{size(num_bytes)} {IN_HOST_MEMORY[kind]}" for kind, num_bytes in memory["host_by_kind"].items()]
-        yield "host", f"{size(memory['host_bytes'])} in host memory: {', '.join(parts)}"
+        yield "host", in_host_memory(memory["host_bytes"], memory["host_by_kind"])
     parts = [f"{size(disk[part])} {part}" for part in ("checkpoints", "adapter", "base") if disk[part]]
     yield "disk", f"{size(disk['bytes'])} in {result['output_dir']}: {', '.join(parts)}"
     yield "run", length_of_run(result)
+
+
+def in_host_memory(num_bytes: int, by_kind: dict[str, int]) -> str:
+    """What lies beside a GPU's memory, and how much of it is what."""
+    parts = [f"{size(one)} {IN_HOST_MEMORY[kind]}" for kind, one in by_kind.items()]
+    return f"{parts[0]}" if len(parts) == 1 else f"{size(num_bytes)}: {', '.join(parts)}"
 
 
 def length_of_run(result: dict[str, Any]) -> str:

@@ -27,8 +27,9 @@ from qlora_cli.evaluate.measuring import (
     store_result,
 )
 from qlora_cli.evaluate.suite import Opened
-from qlora_cli.model.adapter import CONFIG, WEIGHTS, load_adapter
+from qlora_cli.model.adapter import WEIGHTS, load_adapter
 from qlora_cli.model.base import Base, Found, default_device, find_base, fingerprint, load_base
+from qlora_cli.model.continued import CONFIG
 from qlora_cli.model.owner import start_of
 from qlora_cli.model.source import read_config, read_json
 from qlora_cli.model.whole_folder import MANIFEST, fault

@@ -175,7 +175,7 @@ def test_memory_changes_where_things_lie_and_no_bit_of_what_is_learned(make_reci
         recipe = make_recipe(
             model={"name_or_path": str(folder)},
             quantization={"data_type": data_type, "compute_dtype": "bfloat16"},
-            adapter={"dropout": 0.1, "target_modules": ["q_proj", "up_proj"]},
+            adapter={"dropout": 0.1},
             training={"memory": value, "max_steps": 3, "gradient_checkpointing": True, "deterministic": True},
             output_dir=str(tmp_path / value),
         )
@@ -194,6 +194,19 @@ def test_everything_but_the_embedding_and_the_layers_is_on_the_gpu(make_recipe):
             state = getattr(tensor, "quant_state", None)
             assert state is None or {state.absmax.device, state.code.device, state.state2.absmax.device} == {GPU}
     assert fingerprint(base.model) == fingerprint(load_base(resident(recipe), GPU).model)
+
+
+@pytest.mark.parametrize("memory", ["offload", "lean"])
+def test_a_run_that_leaves_weights_in_host_memory_is_evaluated_and_merged(make_recipe, rows_file, tmp_path, memory):
+    recipe = make_recipe(
+        data={"train": [{"path": str(rows_file)}], "eval_fraction": 0.3},
+        training={"memory": memory, "max_steps": 2},
+        output_dir=str(tmp_path / "run"),
+    )
+    train(recipe)
+    commands.evaluate(recipe, QuietReport(), commands.Wanted(baseline=True))
+    how: Any = {"out": tmp_path / "merged", "onto": "dequantized", "dtype": None}
+    assert commands.merge(tmp_path / "run", recipe, QuietReport(), **how)["same_base"]
 
 
 @pytest.mark.parametrize("memory", ["offload", "lean"])

@@ -26,8 +26,8 @@ class Place(NamedTuple):
 class LayerStream:
     """Layers by the order in which they were added, which should be the order of their use.
 
-    slot_bytes: of each of the two places on the device, enough for the largest layer (`needed_bytes`).
-    copies: made so far. late: of those the ones that nobody foresaw, for which the device had to wait.
+    slot_bytes: of each of the two places on the device, enough for the largest layer (`needed_bytes`). copies: made so
+    far. late: of those the ones that nobody foresaw, for which the device had to wait.
     """
 
     def __init__(self, device: torch.device, slot_bytes: int) -> None:
@@ -42,8 +42,9 @@ class LayerStream:
 
     def add(self, tensors: Sequence[Tensor]) -> list[Place]:
         """Takes the tensors of the next layer into host memory, pinned for a GPU; they may be freed afterwards."""
-        device = "meta" if self.slots[0].is_meta else "cpu"
-        host = torch.empty(needed_bytes(tensors), dtype=torch.uint8, device=device, pin_memory=self.on_gpu)
+        size = torch.Size([needed_bytes(tensors)])
+        on_meta = self.slots[0].is_meta
+        host = self.slots[0].new_empty(size) if on_meta else on_host(size, torch.uint8, self.on_gpu)
         slot, at, places = self.slots[len(self.hosts) % 2], 0, []
         self.hosts.append(host)
         for tensor in tensors:
@@ -51,6 +52,11 @@ class LayerStream:
             places[-1].on_host.copy_(tensor)
             at += _aligned(tensor.nbytes)
         return places
+
+    @property
+    def host_bytes(self) -> int:
+        """What the layers take in host memory."""
+        return sum(pinned_bytes(len(host)) for host in self.hosts)
 
     def ask(self, index: int) -> None:
         """Has the layer in its place for whatever the current stream is given next, and begins to bring the following.
@@ -84,6 +90,20 @@ class LayerStream:
         with torch.cuda.stream(self.side):
             place.copy_(host, non_blocking=True)
             self.arrived[slot].record()
+
+
+def on_host(shape: torch.Size, dtype: torch.dtype, pinned: bool) -> Tensor:
+    """A tensor in host memory, pinned for a GPU that is to copy by itself. Raises OutOfMemoryError for want of it."""
+    try:
+        return torch.empty(shape, dtype=dtype, device="cpu", pin_memory=pinned)
+    except RuntimeError as error:  # CUDA's own, of no class that tells
+        num_bytes = shape.numel() * dtype.itemsize
+        raise torch.OutOfMemoryError(f"host memory: {num_bytes:,} bytes could not be had: {error}") from error
+
+
+def pinned_bytes(num_bytes: int) -> int:
+    """What pinned memory of that size takes: torch rounds it to a power of two (CachingHostAllocator.h, 2.13)."""
+    return 1 << (num_bytes - 1).bit_length()
 
 
 def needed_bytes(tensors: Sequence[Tensor]) -> int:

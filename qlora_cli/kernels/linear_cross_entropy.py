@@ -130,8 +130,8 @@ def _losses_to_gradients_(logits: Tensor, targets: Tensor, tail: Tail, weight: f
         at = targets[rows].unsqueeze(1)
         z = tail(_wide(logits[rows]))
         grad = z.softmax(dim=-1)  # whose largest is exp(max z - log sum exp z); exp_ takes torch twice as long
-        logsumexp = z.amax(dim=-1, keepdim=True) - grad.amax(dim=-1, keepdim=True).log_()
-        losses.append((logsumexp - z.gather(1, at)).squeeze(1))
+        behind = z.amax(dim=-1, keepdim=True) - z.gather(1, at)  # first: large logits leave no digits for the rest
+        losses.append((behind - grad.amax(dim=-1, keepdim=True).log_()).squeeze(1))
         grad.scatter_add_(1, at, grad.new_full(at.shape, -1.0))
         slope = tail.slope(z)
         logits[rows] = grad.mul_(slope * weight)

@@ -29,7 +29,8 @@ Forward = Callable[[nn.Module, Any], Tensor]
 
 def next_tokens(model: nn.Module, row: list[int]) -> Tensor:
     """The next-token logits (T, V) behind every token of a row of ids."""
-    found: Tensor = model(input_ids=torch.tensor([row], device=next(model.parameters()).device)).logits[0]
+    device: Any = model.device  # of a placed model not that of its first parameter (model/placement.py)
+    found: Tensor = model(input_ids=torch.tensor([row], device=device)).logits[0]
     return found
 
 

@@ -15,16 +15,18 @@ from torch import nn
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.base import Base
+from qlora_cli.model.continued import CONFIG
 from qlora_cli.model.fused import fuse_adapter
 from qlora_cli.model.heads import TASKS
 from qlora_cli.model.owner import Owner, refuse_other_base
 from qlora_cli.model.source import read_json
+from qlora_cli.model.streamed import Streamed
 from qlora_cli.quant.gptq import package_layers
 from qlora_cli.quant.layers import quantized_linear, quantized_modules
 from qlora_cli.quant.linear4bit import reads_plainly
 from qlora_cli.recipe.schema import Adapter
 
-WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def attach_adapter(base: Base, adapter: Adapter) -> Any:
     check_config(base.model, config)
     model = peft.get_peft_model(base.model, config)
     check_patterns(model, adapter)
+    refuse_elsewhere(model, base)
     return fuse_adapter(in_fp32(model))
 
 
@@ -93,11 +96,20 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
             f"{len(odd)} tensors do not match the base, such as {odd[0]}",
             "use the base that the adapter was trained on",
         )
+    refuse_elsewhere(model, base)
     if trainable:
         in_fp32(model)
     # again, now into fp32: PEFT had loaded modules_to_save into copies in the base's dtype
     peft.set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
     return fuse_adapter(model)
+
+
+def refuse_elsewhere(model: Any, base: Base) -> None:
+    """Refuses an adapter part of which PEFT has put beside a weight that training.memory leaves in host memory."""
+    for name, parameter in model.named_parameters():
+        if ("lora_" in name or "modules_to_save" in name) and parameter.device.type != base.device.type:
+            what = f"leaves what the adapter changes in host memory: {name.removeprefix('base_model.model.')}"
+            raise UserError("training.memory", what, "use auto", Exit.REFUSED)
 
 
 def adapter_tensor_names(folder: Path) -> set[str]:
@@ -248,6 +260,9 @@ def check_config(model: Any, config: Any) -> None:
                 f"{wanted} is quantised, and what is trained in full must not be",
                 "set quantization.embeddings: none" if embedding else f"add {wanted} to quantization.skip_modules",
             )
+    if config.use_dora and any(isinstance(module, Streamed) for module in model.modules()):
+        what = "`lean` streams the layers, which PEFT's DoRA reads by itself"
+        raise UserError("training.memory", what, "use offload", Exit.REFUSED)
     odd = [name for name, module in quantized_linear(model).items() if not reads_plainly(module)]
     if config.use_dora and odd:
         raise UserError(

@@ -24,7 +24,7 @@ from qlora_cli.kernels.output_layer import PROVEN_ON, find_tail
 from qlora_cli.model.checks import check_complete, check_share_quantized, check_skipped, check_start_token
 from qlora_cli.model.heads import NO_HEAD, Head, auto_class, find_head, for_task, needs_packed, set_padding, start_head
 from qlora_cli.model.layer_kernels import choose, use_layer_kernels
-from qlora_cli.model.placement import loaded_on, place
+from qlora_cli.model.placement import loaded_on, place, refuse_lean
 from qlora_cli.model.prequantized import merge_note, method_of, refuse_damaged, refuse_start, refuse_storage_keys
 from qlora_cli.model.source import fetch_weights, file_of, locate, read_config
 from qlora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
@@ -38,6 +38,7 @@ from qlora_cli.quant.layers import (
     stored_tensors,
 )
 from qlora_cli.quant.linear4bit import work_round_cpu_dequantize
+from qlora_cli.quant.quantised_on import quantised_on
 from qlora_cli.recipe.schema import Model, Recipe
 
 COUNTS_FROM_PADDING = frozenset(
@@ -169,7 +170,10 @@ def load_base(recipe: Recipe, device: torch.device, found: Found | None = None, 
     fetch_weights(recipe.model, found.folder)
     refuse_damaged(found.folder)
     dtype = compute_dtype_for(recipe.quantization.compute_dtype, device)
-    model, head = load_model(recipe, found, dtype, loaded_on(recipe, device), packed=packed)
+    refuse_lean(recipe, read_config(found.folder), found.folder)
+    loads_on = loaded_on(recipe, device)
+    with nullcontext() if loads_on == device else quantised_on(device):
+        model, head = load_model(recipe, found, dtype, loads_on, packed=packed)
     check_vocabulary(found.tokenizer, num_embeddings(model), found.folder)
     use_layer_kernels(model, kernels)
     placed = place(model, recipe, device)

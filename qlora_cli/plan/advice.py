@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora_cli.errors import UserError
+from qlora_cli.model.placement import can_stream
 from qlora_cli.recipe import Recipe
 
 Keys = dict[str, Any]
@@ -49,8 +50,8 @@ REPLACED: dict[str, tuple[str, ...]] = {
 
 
 MEMORY = "training.memory"
-LEANER = {"fast": ("auto", "offload", "lean"), "auto": ("offload", "lean"), "offload": ("lean",), "lean": ()}
-"""Its values that take less of a GPU's memory, the mildest first."""
+LEANER = {"fast": ("offload", "lean"), "auto": ("offload", "lean"), "offload": ("lean",), "lean": ()}
+"""Its values that take less of a GPU's memory, the mildest first; fast keeps nothing where there is no room."""
 
 
 def offers(recipe: Recipe, recomputes_all: bool, kind: str) -> list[Keys]:
@@ -61,12 +62,7 @@ def offers(recipe: Recipe, recomputes_all: bool, kind: str) -> list[Keys]:
         if getattr(getattr(recipe, section), name) not in values:
             found.append({key: values[0]})
     leaner = LEANER[recipe.training.memory] if kind == "cuda" else ()
-    return [*found, *({MEMORY: value} for value in leaner if value != "lean" or streams(recipe))]
-
-
-def streams(recipe: Recipe) -> bool:
-    """Whether the recipe may have training.memory: lean."""
-    return recipe.quantization.data_type != "int8" and not recipe.adapter.use_dora
+    return [*found, *({MEMORY: value} for value in leaner if value != "lean" or can_stream(recipe))]
 
 
 def ranks(recipe: Recipe) -> list[int]:

@@ -26,6 +26,7 @@ from qlora_cli.model.base import (
     load_config,
 )
 from qlora_cli.model.heads import find_head
+from qlora_cli.model.placement import resident
 from qlora_cli.model.skeleton import skeleton
 from qlora_cli.model.source import fetch_weights, file_of, locate
 from qlora_cli.model.weights import of_checkpoint
@@ -204,7 +205,7 @@ def perplexity(
     """
     name = recipe.quantization.data_type
     try:
-        base = load_base(recipe, device, found)
+        base = load_base(resident(recipe), device, found)
         loss = held_out_loss(base, base.model, examples.rows, recipe.training.micro_batch_size)
     except (UserError, torch.OutOfMemoryError) as error:
         if name == PLAIN and isinstance(error, UserError):

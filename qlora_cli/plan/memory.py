@@ -123,7 +123,7 @@ def plan(recipe: Recipe, config: Any, kind: str, budget_bytes: int | None = None
     memory = stage.with_kept(memory, budget_bytes)
     steps = num_steps(recipe, rows)
     tokens = num_tokens(recipe, rows, steps)
-    disk = disk_of(recipe, memory, stage.found.model)
+    disk = disk_of(recipe, memory, stage.found)
     found = Plan(memory, disk, steps, tokens, budget_bytes, whole_length=stage.whole_length)
     if budget_bytes is None:
         return found
@@ -296,10 +296,10 @@ def alike(stage: Rehearsals, recipe: Recipe, config: Any) -> Rehearsals:
 # ── disk ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def disk_of(recipe: Recipe, memory: Memory, model: Any) -> Disk:
+def disk_of(recipe: Recipe, memory: Memory, found: MetaModel) -> Disk:
     """What the run folder grows to."""
     kinds = memory.peak.by_kind
     one = kinds["adapter"] + kinds["optimizer"] + memory.host["optimizer"]
     best = kinds["adapter"] if recipe.evaluation.best_metric is not None else 0
-    base = kinds["weights"] - memory.kept_bytes + memory.host["weights"] if changes_base(recipe.adapter) else 0
+    base = kinds["weights"] - memory.kept_bytes + found.placed.left_out_bytes if changes_base(recipe.adapter) else 0
     return Disk(one * (recipe.training.save_total_limit + 1), kinds["adapter"] + best, base)

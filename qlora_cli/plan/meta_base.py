@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.model.adapter import CONFIG, attach_adapter
+from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import Base, compute_dtype_for, quiet_loading
 from qlora_cli.model.checks import check_skipped
+from qlora_cli.model.continued import as_continued
 from qlora_cli.model.heads import NO_HEAD, TASKS, Head, auto_class, head_of, needs_packed
 from qlora_cli.model.layer_kernels import choose, use_layer_kernels
 from qlora_cli.model.placement import Hosted, Placed, place
-from qlora_cli.model.source import read_json
 from qlora_cli.model.start import changes_base
 from qlora_cli.quant.bitsandbytes import compute_in, disarm_cpu_repacking
 from qlora_cli.quant.layers import quantization_config
@@ -204,14 +204,7 @@ def _fill_4bit(layer: Any, dtype: torch.dtype) -> None:
 
 def _with_adapter(base: Base, recipe: Recipe) -> Any:
     """The base with its adapter; of one that is continued, the shape that its adapter_config.json tells."""
-    if recipe.adapter.from_ is None:
-        return attach_adapter(base, recipe.adapter)
-    known = read_json(Path(recipe.adapter.from_) / CONFIG, "a PEFT adapter folder needs it")
-    names = {"r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout", "use_rslora": "use_rslora"}
-    names |= {"use_dora": "use_dora", "target_modules": "target_modules", "modules_to_save": "modules_to_save"}
-    names |= {"rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern"}
-    changes = {ours: known[theirs] for ours, theirs in names.items() if known.get(theirs) is not None}
-    return attach_adapter(base, recipe.adapter.model_copy(update={**changes, "from_": None}))
+    return attach_adapter(base, as_continued(recipe.adapter))
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -111,7 +111,7 @@ class PackedQuantizer(HfQuantizer):
                 _swap(model, name, module, storage, self.pre_quantized)
 
     def get_quantize_ops(self) -> ConversionOps:
-        return _Quantize(self)
+        return Quantize(self)
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> None:
         if self.not_finite:  # told here: what is raised while weights are read loses its message
@@ -149,7 +149,7 @@ def refuse_idle_overrides(config: PackedConfig, names: Sequence[str]) -> None:
         raise UserError("quantization.overrides", what, todo)
 
 
-class _Quantize(ConversionOps):
+class Quantize(ConversionOps):
     """A weight as the checkpoint has it to the tensors of its layer."""
 
     def __init__(self, quantizer: PackedQuantizer) -> None:
@@ -175,7 +175,9 @@ class _Quantize(ConversionOps):
     def _tied(self, path: str, holder: PackedLayer, tensors: dict[str, Tensor]) -> str:
         """Whose tensors they become, those of a module at `path`; they must be what was read before, if anything."""
         known = tensors_of(holder.packed)
-        if not holder.weight.is_meta and any(not torch.equal(one, known[name]) for name, one in tensors.items()):
+        if not holder.weight.is_meta and any(
+            not torch.equal(one.to(known[name].device), known[name]) for name, one in tensors.items()
+        ):
             self.quantizer.untied.append(path)
         return self.quantizer.embedding
 

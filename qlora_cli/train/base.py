@@ -8,8 +8,8 @@ from pathlib import Path
 
 from qlora_cli.data.encode import Example
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.model.adapter import CONFIG
 from qlora_cli.model.base import Found, compute_dtype_for
+from qlora_cli.model.continued import CONFIG
 from qlora_cli.model.prequantized import RECORD, method_of, refuse_damaged
 from qlora_cli.model.source import fetch_weights, read_config, read_json
 from qlora_cli.model.start import changes_base

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +20,7 @@ from qlora_cli.evaluate.loss import held_out_loss
 from qlora_cli.evaluate.measuring import Subject, given
 from qlora_cli.evaluate.measuring import figures as figures_of
 from qlora_cli.model.base import readable_bytes
+from qlora_cli.model.placement import can_stream
 from qlora_cli.recipe import Recipe
 from qlora_cli.tasks.causal_lm import collate_packed
 from qlora_cli.tasks.table import AnyBatch, batches
@@ -90,7 +92,7 @@ def take_steps(session: Session, last_step: int) -> bool:
             if last or session.step % training.logging_steps == 0:
                 log_metrics(session, window)
             if last or session.step % training.eval_steps == 0:
-                evaluate(session)
+                evaluate_with_room(session)
             stopped = is_stopped_early(session)
             if session.step == last_step or code or stopped or session.step % training.save_steps == 0:
                 save(session)
@@ -127,7 +129,7 @@ def out_of_memory(session: Session, error: RuntimeError) -> UserError:
     all_recomputed = session.recomputing.number >= session.recomputing.of
     more = "" if all_recomputed else ", or set training.gradient_checkpointing: true"
     if session.base.device.type == "cuda" and session.recipe.training.memory in ("auto", "fast"):
-        more += ", or set training.memory: offload or lean"
+        more += f", or set training.memory: offload{' or lean' if can_stream(session.recipe) else ''}"
     return UserError(
         f"step {session.step + 1}",
         f"out of memory at a peak of {peak} with {session.recomputing.words}, the longest row has {longest:,} tokens: "
@@ -218,6 +220,22 @@ def log_metrics(session: Session, window: Window[Example]) -> None:
     session.losses.start_anew()
     session.clock, session.trained_tokens = time.perf_counter(), 0
     tell(session, values)
+
+
+def evaluate_with_room(session: Session) -> None:
+    """An evaluation, begun anew without weights that are kept dequantised where these leave it too little memory."""
+    try:
+        evaluate(session)
+        return
+    except RuntimeError as error:
+        if not (ran_out(error) and session.recomputing.keeps):
+            raise
+    session.report.say("memory   ran out in an evaluation: from here on no weight is kept dequantised")
+    grow(session.recomputing, False)
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+    evaluate(session)
 
 
 def evaluate(session: Session) -> None:

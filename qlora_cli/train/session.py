@@ -19,7 +19,6 @@ from qlora_cli.model.adapter import attach_adapter, load_adapter
 from qlora_cli.model.base import Base, Found, find_base, fingerprint, load_base
 from qlora_cli.model.compiled import check_compiler, compile_layers
 from qlora_cli.model.layer_kernels import check_kernels, in_words
-from qlora_cli.model.placement import loaded_on
 from qlora_cli.model.skeleton import check_storage
 from qlora_cli.model.start import changes_base
 from qlora_cli.model.stored_base import Making, on_stored_base, start_folder
@@ -113,7 +112,7 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str, planner: Plan
         refuse_long_stream(found, feed)
     if on_base is recipe and changes_base(recipe.adapter):
         rows = calibration_rows(recipe, feed.examples.rows, report)
-        making = Making(report.say, loaded_on(recipe, accelerator.device), run.base, rows)
+        making = Making(report.say, accelerator.device, run.base, rows)
         on_base = with_made_base(recipe, run, found, making, accelerator)
         found = find_base(on_base)
     base = load_base(on_base, accelerator.device, found)

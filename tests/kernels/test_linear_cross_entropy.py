@@ -296,3 +296,15 @@ def test_logits_beyond_every_range_have_finite_losses_and_gradients():
             tensor.isfinite().all()
             for tensor in passed(linear_cross_entropy(hidden, targets, head, tail), hidden, head)
         )
+
+
+def test_large_logits_leave_the_loss_its_digits():
+    """A loss of 1e-5 beside logits of 300: their difference is taken before anything small is added."""
+    logits = torch.tensor([[300.0, 288.7, 280.0, -5.0]], requires_grad=True)
+    head = torch.nn.Linear(4, 4, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.eye(4))
+    at = torch.tensor([0])
+    found = linear_cross_entropy(logits, at, head.requires_grad_(False))
+    wanted = torch.nn.functional.cross_entropy(logits.double(), at)
+    assert abs(found.item() / wanted.item() - 1) < 0.02

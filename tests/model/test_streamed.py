@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ from torch import Tensor
 from qlora_cli.errors import UserError
 from qlora_cli.kernels.host_stack import HostStack
 from qlora_cli.kernels.isolation import prepare_packing
+from qlora_cli.kernels.layer_stream import LayerStream
+from qlora_cli.model import streamed
 from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import fingerprint, load_base
 from qlora_cli.model.compiled import _has_cpp_compiler, compile_layers
@@ -26,6 +30,33 @@ from tests.tiny import write_tiny_model
 LAYERS = 4
 
 
+class Late(LayerStream):
+    """Copies that arrive no sooner than they are asked for, as a GPU's may: before, there are no numbers in a place."""
+
+    due: dict[int, int]
+
+    def _bring(self, index: int) -> None:
+        super()._bring(index)
+        self.due = {**getattr(self, "due", {}), index % 2: index}
+        self.slots[index % 2].fill_(0xFF)
+
+    def ask(self, index: int) -> None:
+        super().ask(index)
+        if self.due.get(index % 2) == index:
+            host = self.hosts[self.due.pop(index % 2)]
+            self.slots[index % 2][: len(host)].copy_(host)
+
+
+@contextmanager
+def late_copies() -> Iterator[None]:
+    """Inside the block layers are streamed so."""
+    streamed.LayerStream = Late  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        streamed.LayerStream = LayerStream  # type: ignore[misc]
+
+
 @pytest.fixture(scope="module")
 def four_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny_model(tmp_path_factory.mktemp("four"), num_hidden_layers=LAYERS, attention_bias=True))
@@ -33,15 +64,16 @@ def four_layers(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def build(make_recipe, four_layers):
-    """Makes a base and its adapter; with `streamed` its layers pass through two places, on the CPU too."""
+    """Makes a base and its adapter; with `streams` its layers pass through two places, on the CPU too."""
 
-    def made(streamed: bool, adapter: dict[str, Any], **quantization: Any) -> tuple[Any, Any]:
+    def made(streams: bool, adapter: dict[str, Any], **quantization: Any) -> tuple[Any, Any]:
         recipe = make_recipe(
             quantization=quantization, model={"name_or_path": four_layers}, adapter={"r": 4, "alpha": 8, **adapter}
         )
         base = load_base(recipe, CPU)
-        if streamed:
-            base.model.stream = stream_layers(base.model, CPU)
+        if streams:
+            with late_copies():
+                base.model.stream = stream_layers(base.model, CPU)
         torch.manual_seed(0)
         return base, randomised(attach_adapter(base, recipe.adapter)).train()
 
@@ -82,18 +114,18 @@ def test_streamed_gradients_are_those_of_a_resident_model_bit_for_bit(build, sto
 
 @pytest.mark.parametrize("number", [0, LAYERS])
 def test_packed_rows_and_evaluation_between_steps_see_the_same_weights(build, number):
-    (base, model), (other, streamed) = build(False, {}), build(True, {})
+    (base, model), (other, lean) = build(False, {}), build(True, {})
     for one in (base, other):
         prepare_packing(one.model, CPU, 259)
         recompute(one.model, number)
     ids = torch.arange(3, 53).view(2, 25)
     for _ in range(2):
-        for mine, theirs in zip(step(other, streamed, True), step(base, model, True), strict=True):
+        for mine, theirs in zip(step(other, lean, True), step(base, model, True), strict=True):
             assert torch.equal(mine, theirs)
         with torch.no_grad():
-            assert torch.equal(streamed.eval()(ids).logits, model.eval()(ids).logits)
+            assert torch.equal(lean.eval()(ids).logits, model.eval()(ids).logits)
         model.train()
-        streamed.train()
+        lean.train()
 
 
 def test_each_layer_is_copied_once_in_forward_and_once_in_backward_and_is_foreseen(build):
@@ -126,7 +158,7 @@ def test_two_layers_are_on_the_device_and_all_of_them_on_the_host(build):
 
 @pytest.mark.parametrize("stored", STORED)
 def test_the_fingerprint_is_that_of_the_model_and_not_of_what_is_in_its_places(build, stored):
-    (base, _), (other, model) = (build(streamed, {}, **STORED[stored]) for streamed in (False, True))
+    (base, _), (other, model) = (build(streams, {}, **STORED[stored]) for streams in (False, True))
     wanted = fingerprint(base.model)
     assert fingerprint(other.model) == wanted
     step(other, model)
@@ -151,10 +183,11 @@ def test_other_architectures_stream_the_same_gradients(name, task, architecture,
     labels = {"num_labels": 3} if task == "sequence_classification" else {}
     recipe = make_recipe(model={"name_or_path": str(architecture(name)), "task": task, **labels})
     found = []
-    for streamed in (False, True):
+    for streams in (False, True):
         base = load_base(recipe, CPU)
-        if streamed:
-            stream_layers(base.model, CPU)
+        if streams:
+            with late_copies():
+                stream_layers(base.model, CPU)
         torch.manual_seed(0)
         model = randomised(attach_adapter(base, recipe.adapter)).train()
         base.model.config.use_cache = False
@@ -238,10 +271,10 @@ def below(kept: Any) -> list[Any]:
 @pytest.mark.skipif(not _has_cpp_compiler(), reason="torch finds no C++ compiler, or no headers of Python")
 def test_streamed_layers_are_compiled_as_resident_ones_are(build):
     found = []
-    for streamed in (False, True):
+    for streams in (False, True):
         torch._dynamo.reset()
-        base, model = build(streamed, {"target_modules": ["q_proj"]}, compute_dtype="bfloat16")
-        recompute(base.model, 2, HostStack(CPU) if streamed else None)
+        base, model = build(streams, {"target_modules": ["q_proj"]}, compute_dtype="bfloat16")
+        recompute(base.model, 2, HostStack(CPU) if streams else None)
         compile_layers(model)
         found.append(step(base, model))
     assert len(found[0]) > 1

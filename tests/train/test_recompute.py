@@ -90,6 +90,7 @@ def assert_equal(one: Path, other: Path) -> None:
 
 def figures(folder: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "loss" in line]
     return [{name: line[name] for name in ("step", "loss", "grad_norm", "learning_rate", "epoch")} for line in lines]
 
 
@@ -310,6 +311,28 @@ def test_where_memory_runs_out_no_weight_is_kept_before_more_layers_are_recomput
     spied.count, spied.fails = 0, {1, 2}
     with pytest.raises(UserError, match=r"out of memory at a peak of .* with all 4 layers recomputed,"):
         train("all", Fixed(0, room=WEIGHTS), memory="fast", gradient_checkpointing=True)
+
+
+def test_an_evaluation_that_runs_out_of_memory_is_begun_anew_without_kept_weights(train, spied, tmp_path, monkeypatch):
+    held_out, failed = loop.held_out_loss, []
+
+    def fails_once(base: Any, model: Any, *others: Any) -> Any:
+        if not failed:
+            failed.append(any("kept_weight" in vars(module) for module in model.modules()))
+            raise torch.OutOfMemoryError("no room for an evaluation")
+        assert not any("kept_weight" in vars(module) for module in model.modules())
+        return held_out(base, model, *others)
+
+    data = {**PADDED, "eval_fraction": 0.3}
+    train("whole", Fixed(0), data)
+    monkeypatch.setattr(loop, "held_out_loss", fails_once)
+    lines = train("short", Fixed(0, room=WEIGHTS), data, memory="fast")
+    assert failed == [True]
+    assert lines[2:] == ["memory   ran out in an evaluation: from here on no weight is kept dequantised"]
+    assert_equal(tmp_path / "whole", tmp_path / "short")
+    failed.clear()
+    with pytest.raises(UserError, match="no room for an evaluation"):
+        train("auto", Fixed(0), data)
 
 
 @pytest.mark.parametrize("memory", ["offload", "lean"])
