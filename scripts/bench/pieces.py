@@ -4,9 +4,10 @@
 
 C1's shape (SmolLM2-135M cut to 8 layers, random weights), NF4, bf16, LoRA r 16, one row. Switched off are the fused
 LoRA layers (PEFT's own forward runs), the loss from hidden states (all logits are made, then their cross-entropy), our
-backward pass of attention on a CPU (torch's), norms and gated MLPs (the model's own forward runs); in the last line
-nothing is, and the layers are compiled. Ratio: seconds without the piece ÷ with all of them, the median over pairs of
-turns with its 95% bootstrap interval. Memory: the most bytes that a step's tensors take beside those before it.
+attention on a CPU (torch's), norms and gated MLPs (the model's own forward runs); in the last lines nothing is, and
+weights are kept dequantised, or the layers are compiled. Ratio: seconds without the piece ÷ with all of them, the
+median over pairs of turns with its 95% bootstrap interval. Memory: the most bytes that a step's tensors take beside
+those before it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from stats import Ratio, paired_ratio, turns
 from qlora_cli.kernels import causal_attention
 from qlora_cli.model.compiled import compile_layers
 from qlora_cli.model.fused import Fused
+from qlora_cli.model.kept_weights import drop_weights, keep_weights
 from qlora_cli.model.layer_kernels import FusedMLP, FusedNorm
 
 
@@ -77,13 +79,22 @@ def compiled(run: Run) -> Iterator[None]:
         module.__class__ = kind
 
 
+@contextmanager
+def kept(run: Run) -> Iterator[None]:
+    """All weights dequantised; their memory is none of a step's."""
+    keep_weights(run.session.model, run.session.base.compute_dtype)
+    yield
+    drop_weights(run.session.model)
+
+
 ALL = "all"
 PIECES: dict[str, Callable[[Run], Any]] = {
     "fused LoRA layers": partial(own_forward, Fused),
     "loss from hidden states": all_logits,
-    "backward pass of attention": torchs_attention,
+    "attention": torchs_attention,
     "norms": partial(own_forward, FusedNorm),
     "gated MLPs": partial(own_forward, FusedMLP),
+    "(with memory: fast)": kept,
     "(with torch_compile)": compiled,
 }
 
