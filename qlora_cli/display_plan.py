@@ -77,8 +77,8 @@ def around(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
     memory, disk = result["memory"], result["disk"]
     recomputed = f"{memory['layers_recomputed']} of {count(memory['layers'], 'layer')} recomputed"
     yield "peak", f"at {size(memory['allocated_bytes'])}, {memory['peak_at']}; {recomputed}"
-    if memory["kept_dequantised_bytes"]:
-        yield "kept", f"{size(memory['kept_dequantised_bytes'])} of the weights are dequantised ones that stay"
+    if keepable := memory["keepable_dequantised_bytes"]:
+        yield "kept", f"{size(memory['kept_dequantised_bytes'])} of {size(keepable)} of dequantised weights"
     if memory["host_bytes"]:
         yield "host", in_host_memory(memory["host_bytes"], memory["host_by_kind"])
     parts = [f"{size(disk[part])} {part}" for part in ("checkpoints", "adapter", "base") if disk[part]]
@@ -128,9 +128,10 @@ def several(keys: dict[str, Any], num_bytes: int, budget: int) -> str:
     """What keys come to of which none is enough alone."""
     if not keys:
         return "no key makes it smaller"
-    told = "fits" if num_bytes <= budget else "does not fit either"
     take = "together take" if len(keys) > 1 else "takes"
-    return f"no key makes it fit alone; {in_words(keys)} {take} {size(num_bytes)}, which {told}"
+    if num_bytes <= budget:
+        return f"no key makes it fit alone; {in_words(keys)} {take} {size(num_bytes)}, which fits"
+    return f"no keys make it fit: even {in_words(keys)} {take} {size(num_bytes)}"
 
 
 def largest(result: dict[str, Any]) -> Iterator[tuple[str, str]]:

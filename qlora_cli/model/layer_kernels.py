@@ -71,7 +71,11 @@ def check_kernels(training: Training, device: torch.device) -> None:
     """Raises UserError for liger where it cannot run."""
     if training.layer_kernels == "liger" and not _liger_runs(device):
         on_gpu = device.type == "cuda"
-        what = "liger-kernel or what Triton needs is missing" if on_gpu else f"liger-kernel has none for {device.type}"
+        what = (
+            "liger-kernel or what Triton needs is missing"
+            if on_gpu
+            else f"liger-kernel runs on a GPU alone, and this is a {device.type}"
+        )
         raise UserError("training.layer_kernels", what, "install qlora[gpu] on a machine with a GPU, or set it to auto")
 
 

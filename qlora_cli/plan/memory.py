@@ -42,7 +42,7 @@ class Memory:
 
     reserved_bytes: what the allocator holds for it. context_bytes: the device's own. host: bytes in host memory by
     kind, beside a GPU. by_proportion: the micro-batch was too large to be rehearsed, and two smaller ones tell what it
-    takes. kept_bytes: of the weights those that are kept dequantised beside what is stored.
+    takes. kept_bytes: of the weights those that are kept dequantised beside what is stored, of keepable_bytes.
     """
 
     peak: Peak
@@ -53,6 +53,7 @@ class Memory:
     num_layers: int
     by_proportion: bool = False
     kept_bytes: int = 0
+    keepable_bytes: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -173,11 +174,13 @@ class Rehearsals:
         """Under training.memory: fast with the weights that are kept dequantised in what the budget leaves."""
         if self.recipe.training.memory != "fast":
             return memory
-        kept = all_weights_bytes(self.found.model, self.found.base.compute_dtype)
-        kept = kept if budget_bytes is None else max(0, min(kept, budget_bytes - memory.num_bytes))
+        every = all_weights_bytes(self.found.model, self.found.base.compute_dtype)
+        kept = every if budget_bytes is None else max(0, min(every, budget_bytes - memory.num_bytes))
         by_kind = {**memory.peak.by_kind, "weights": memory.peak.by_kind["weights"] + kept}
         peak = replace(memory.peak, by_kind=by_kind)
-        return replace(memory, peak=peak, reserved_bytes=memory.reserved_bytes + kept, kept_bytes=kept)
+        return replace(
+            memory, peak=peak, reserved_bytes=memory.reserved_bytes + kept, kept_bytes=kept, keepable_bytes=every
+        )
 
     def _by_proportion(self, number: int, length: int, layers: int) -> Memory:
         """What too many tokens take: on the line through half the most that are rehearsed and the most.

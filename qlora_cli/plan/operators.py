@@ -141,6 +141,21 @@ def _flash_for_cpu(ledger: Ledger, func: Any, args: Any, kwargs: Any) -> Any:
     return output, torch.empty((batch, length, heads), dtype=dtype, device="meta").transpose(1, 2)
 
 
+def _vectorwise_quant(ledger: Ledger, func: Any, args: Any, kwargs: Any) -> Any:
+    """Rows in int8, their scales, and columns with outliers, of which shapes alone know none."""
+    rows: Tensor = args[0]
+    threshold = kwargs.get("threshold", args[1] if len(args) > 1 else 0.0)
+    outliers = torch.empty(0, dtype=torch.int64, device="meta") if threshold else None
+    scales = torch.empty(rows.numel() // rows.shape[-1], device="meta")
+    return torch.empty(rows.shape, dtype=torch.int8, device="meta"), scales, outliers
+
+
+def _mixed_scaled_mm(ledger: Ledger, func: Any, args: Any, kwargs: Any) -> Any:
+    """Its output, and the columns with outliers, of which there are none here."""
+    a, rows, weight = args[:3]
+    return torch.empty((*rows.shape[:-1], len(weight)), dtype=a.dtype, device="meta"), a.new_empty(0)
+
+
 Answer = Callable[["Ledger", Any, Any, Any], Any]
 SPECIAL: dict[Any, Answer] = {
     aten._to_copy.default: _to_copy,
@@ -192,6 +207,11 @@ def _varlen_backward(kind: str, args: Any, kwargs: Any) -> int:
     return 4 * heads * rows * (wide + 1) + grouped * key.element_size()
 
 
+def _sums_in_int32(kind: str, args: Any, kwargs: Any) -> int:
+    """What an int8 product is before it is scaled."""
+    return 4 * args[1].shape[:-1].numel() * len(args[2])
+
+
 TEMPORARIES: dict[Any, Callable[[str, Any, Any], int]] = {
     aten.logsumexp.default: _logsumexp,
     aten._scaled_dot_product_flash_attention_backward.default: _flash_backward,
@@ -210,3 +230,6 @@ def know_libraries() -> None:
     SPECIAL[ops.gemm_4bit.default] = _gemm_4bit
     SPECIAL[ops.dequantize_4bit.default] = _dequantize_4bit
     SPECIAL[ops.dequantize_blockwise.default] = _dequantize_blockwise
+    SPECIAL[ops.int8_vectorwise_quant.default] = _vectorwise_quant
+    SPECIAL[ops.int8_mixed_scaled_mm.default] = _mixed_scaled_mm
+    TEMPORARIES[ops.int8_mixed_scaled_mm.default] = _sums_in_int32

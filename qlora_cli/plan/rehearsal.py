@@ -15,6 +15,7 @@ from torch import nn
 from qlora_cli.data.encode import IGNORE_INDEX, Example
 from qlora_cli.kernels.host_stack import HostStack
 from qlora_cli.kernels.packed_attention import use_packed_attention
+from qlora_cli.model.base import quiet_loading
 from qlora_cli.model.placement import LESS_THAN_THE_MODEL
 from qlora_cli.model.recompute import checkpointing_layers, recompute
 from qlora_cli.plan.ledger import Event, Ledger
@@ -104,7 +105,7 @@ def rehearse_model(found: MetaModel, recipe: Recipe, shape: Shape, kind: str, ch
             batch = collated(examples_of(shape, base), shape.packed, base)
         yield batch
 
-    with standing_in(kind), _placed(base.model, ledger), _recomputing(ledger), ledger:
+    with quiet_loading(), standing_in(kind), _placed(base.model, ledger), _recomputing(ledger), ledger:
         accumulate(base, model, batches(), max(1, sum(shape.lengths)))
         ledger.place = "optimizer step"
         clip(parameters, recipe.training.max_grad_norm)

@@ -65,6 +65,7 @@ def memory_told(memory: Memory) -> dict[str, Any]:
         "host_bytes": memory.host_bytes,
         "host_by_kind": {kind: num_bytes for kind, num_bytes in memory.host.items() if num_bytes},
         "kept_dequantised_bytes": memory.kept_bytes,
+        "keepable_dequantised_bytes": memory.keepable_bytes,
         "peak_at": memory.peak.where,
         "layers_recomputed": memory.checkpointed,
         "layers": memory.num_layers,
@@ -84,7 +85,9 @@ def assumptions(recipe: Recipe, target: Target, found: Plan, rows: Rows | None, 
         told.append(f"what is beyond {MOST_CELLS[target.kind]:,} tokens at once by proportion")
     less = recipe.training.memory in LESS_THAN_THE_MODEL
     if recipe.training.gradient_checkpointing == "auto" and found.memory.checkpointed and not less:
-        told.append("every layer recomputed: auto recomputes fewer where there is room")
+        told.append("every layer recomputed: gradient_checkpointing: auto recomputes fewer where there is room")
+    if found.memory.keepable_bytes:
+        told.append("weights kept dequantised in what is left, and none of them in a larger micro-batch or longer rows")
     if len(shape.lengths) > 1 and shape.packed and recipe.data.packing == "auto":
         told.append("rows one behind the other, as data.packing: auto has them if the model keeps them apart")
     if recipe.model.task == "seq2seq_lm":

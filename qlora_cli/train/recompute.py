@@ -144,7 +144,11 @@ def keep(recomputing: Recomputing, need: Need, planner: Planner | None, say: Say
     restore_random_state(state)
     kept = keep_weights(need.base.model, need.base.compute_dtype, most)
     recomputing.keeps = kept.number > 0
-    say(f"memory   {kept.words}, {readable_bytes(kept.num_bytes)}")
+    if kept.of:
+        say(f"memory   {kept.words}, {readable_bytes(kept.num_bytes)} beside the rest")
+    else:
+        dtype = str(need.base.compute_dtype).removeprefix("torch.")
+        say(f"memory   fast keeps nothing: no layer with an adapter is dequantised by us into {dtype}")
 
 
 def grow(recomputing: Recomputing, again: bool) -> bool:

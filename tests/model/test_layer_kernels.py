@@ -263,5 +263,5 @@ def test_the_recipe_chooses_and_liger_is_refused_where_it_cannot_run(monkeypatch
         check_kernels(wanted, cuda)
     assert error.value.where == "training.layer_kernels"
     assert "install qlora[gpu]" in error.value.todo
-    with pytest.raises(UserError, match="liger-kernel has none for cpu"):
+    with pytest.raises(UserError, match="liger-kernel runs on a GPU alone, and this is a cpu"):
         check_kernels(wanted, cpu)

@@ -233,6 +233,6 @@ def test_a_run_that_is_fast_keeps_its_weights_and_learns_the_same(make_recipe, r
         folder = commands.train(recipe, b"", Told(), main_process=True, resume="auto", pause_at=None)
         adapters.append(load_file(folder / "adapter_model.safetensors"))
     assert [line for line in said if line.startswith("memory")] == [
-        "memory   all 14 weights kept dequantised, 147.5 kB"
+        "memory   all 14 weights kept dequantised, 147.5 kB beside the rest"
     ]
     assert all(adapters[0][name].equal(adapters[1][name]) for name in adapters[1])

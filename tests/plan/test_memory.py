@@ -260,6 +260,7 @@ def test_weights_are_kept_dequantised_in_what_a_budget_leaves(kind):
     for room in (every + 1, every - 1, 1, 0, -1):
         found = plan(with_memory(recipe, "fast"), CONFIG, kind, auto.num_bytes + room)
         assert found.memory.kept_bytes == max(0, min(every, room))
+        assert found.memory.keepable_bytes == every
         assert found.fits is (room >= 0)
 
 
@@ -277,6 +278,17 @@ def test_a_gpu_that_is_too_small_is_told_of_host_memory():
     for update in ({"adapter": {"use_dora": True}}, {"quantization": {"data_type": "int8"}}):
         other = recipe_for(Path("somewhere"), **update)
         assert {"training.memory": "lean"} not in offers(other, True, "cuda")
+
+
+@pytest.mark.parametrize("value", ["auto", "offload"])
+def test_int8_is_planned_for_a_gpu(value):
+    """Weights of one byte, and in backward one of them dequantised; columns with outliers are not known."""
+    recipe = with_memory(recipe_for(Path("somewhere"), quantization={"data_type": "int8"}), value)
+    found = plan(recipe, CONFIG, "cuda").memory
+    linear, embedding = 3 * (4 * 256 * 256 + 3 * 256 * 512), 1024 * 256 * 2
+    rest = embedding * (2 if value == "auto" else 1)
+    assert linear + rest < on_device(found) < 1.02 * (linear + rest)
+    assert found.peak.by_kind["activations"] > 0
 
 
 def test_a_device_smaller_than_its_own_context_gets_no_advice():

@@ -67,7 +67,7 @@ def train(make_recipe, four_layers, rows_file, tmp_path) -> Callable[..., list[s
         source = {"path": str(rows_file), "streaming": data.pop("streaming", False)}
         recipe = make_recipe(
             model={"name_or_path": four_layers},
-            quantization={"compute_dtype": "bfloat16"},
+            quantization={"compute_dtype": "bfloat16", "data_type": data.pop("data_type", "nf4")},
             adapter={"dropout": 0.1},
             data={"train": [source], **data},
             training={"max_steps": 3, **training},
@@ -285,6 +285,11 @@ def test_fast_keeps_as_many_weights_as_there_is_room_for_and_changes_no_bit(trai
         lines = train(str(room), Fixed(number, room=room), memory="fast")
         assert lines[1].startswith(f"memory   {told} kept dequantised, "), "the small ones that still fit too"
         assert_equal(tmp_path / "auto", tmp_path / str(room))
+
+
+def test_where_no_weight_can_be_kept_fast_says_so(train):
+    lines = train("run", Fixed(0, room=WEIGHTS), memory="fast", data={**PADDED, "data_type": "int8"}, pause_at=1)
+    assert lines[1:] == ["memory   fast keeps nothing: no layer with an adapter is dequantised by us into bfloat16"]
 
 
 def test_a_kept_weight_is_what_is_multiplied_with(train, spied):
