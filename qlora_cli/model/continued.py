@@ -24,9 +24,12 @@ NAMES = {
 
 
 def as_continued(adapter: Adapter) -> Adapter:
-    """The adapter's section with what the continued adapter's own config says; the same where none is continued."""
-    if adapter.from_ is None:
+    """The adapter's section with what the continued adapter's own config says; the same where none is continued.
+
+    And where that is gone, which a run that has begun does not need any more.
+    """
+    if adapter.from_ is None or not (path := Path(adapter.from_) / CONFIG).is_file():
         return adapter
-    known = read_json(Path(adapter.from_) / CONFIG, "a PEFT adapter folder needs it")
+    known = read_json(path, "a PEFT adapter folder needs it")
     changes = {ours: known[theirs] for ours, theirs in NAMES.items() if known.get(theirs) is not None}
     return adapter.model_copy(update={**changes, "from_": None})

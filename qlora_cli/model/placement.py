@@ -158,13 +158,6 @@ def move(model: nn.Module, device: torch.device, but: list[nn.Embedding]) -> Non
             module._buffers[name] = buffer.to(device)
 
 
-def hosted_tensors(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that modules of a placed model hold in host memory."""
-    for module in model.modules():
-        if isinstance(module, Hosted):
-            yield from _tensors(module)
-
-
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from module.parameters(recurse=False)
     yield from module.buffers(recurse=False)

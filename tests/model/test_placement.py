@@ -174,6 +174,8 @@ def test_a_continued_adapter_is_known_by_its_own_config(make_recipe, tmp_path):
     recipe = make_recipe()
     continued = as_continued(of_the_embedding(load_base(recipe, CPU), tmp_path))
     assert (set(continued.target_modules), continued.r) == ({"q_proj", "embed_tokens"}, 3)
+    gone = Adapter.model_validate({"from": str(tmp_path / "gone")})
+    assert as_continued(gone) == gone
     model = load_base(recipe, CPU).model
     assert hosted_embeddings(model, continued) == []
     assert hosted_embeddings(model, as_continued(recipe.adapter)) == [model.get_input_embeddings()]
