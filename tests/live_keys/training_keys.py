@@ -29,7 +29,7 @@ SLOPED = {"training.lr_scheduler": "linear"}
 WIDE = {"adapter.r": 64}
 CHOSEN = {"training.gradient_checkpointing": "auto"}
 EMBEDDING = 259 * 64 * 4  # bytes of the tiny model's, in fp32
-LAYERS = 2 * (36_864 // 2 + 14 * 256)  # codes, and the two kinds of scales of seven weights, each in 256 bytes
+LAYERS = 2 * 2**15  # codes and scales of seven weights, 22,016 bytes, pinned in a power of two
 OUR_LAYERS = "5 norms and 2 MLPs fused (torch functions)"
 EIGHT_BIT = {torch.uint8, torch.float32}  # bitsandbytes keeps 32 bits for the matrices below 4,096 weights
 
