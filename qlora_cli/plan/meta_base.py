@@ -63,7 +63,7 @@ def meta_model(recipe: Recipe, config: Any, kind: str, tokenizer: Any = None) ->
     base = Base(*known, model.eval(), dtype, "", head=head)
     _ = base.tail  # read here, where it shows that nothing can be proven
     with torch.device("meta"):
-        wrapped = _with_adapter(base, recipe)
+        wrapped = attach_adapter(base, as_continued(recipe.adapter))
     wrapped.train()
     model.config.use_cache = False
     return MetaModel(base, wrapped, placed)
@@ -200,11 +200,6 @@ def _fill_4bit(layer: Any, dtype: torch.dtype) -> None:
         **known,
     )
     layer.quant_state = state
-
-
-def _with_adapter(base: Base, recipe: Recipe) -> Any:
-    """The base with its adapter; of one that is continued, the shape that its adapter_config.json tells."""
-    return attach_adapter(base, as_continued(recipe.adapter))
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
