@@ -89,7 +89,7 @@ def around(result: dict[str, Any]) -> Iterator[tuple[str, str]]:
 def in_host_memory(num_bytes: int, by_kind: dict[str, int]) -> str:
     """What lies beside a GPU's memory, and how much of it is what."""
     parts = [f"{size(one)} {IN_HOST_MEMORY[kind]}" for kind, one in by_kind.items()]
-    return f"{parts[0]}" if len(parts) == 1 else f"{size(num_bytes)}: {', '.join(parts)}"
+    return parts[0] if len(parts) == 1 else f"{size(num_bytes)}: {', '.join(parts)}"
 
 
 def length_of_run(result: dict[str, Any]) -> str:

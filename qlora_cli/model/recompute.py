@@ -5,6 +5,7 @@ The first ones, since theirs comes last in backward, when the activations that t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -24,7 +25,6 @@ def recompute(model: Any, number: int, stack: HostStack | None = None) -> None:
     """Recomputes the activations of the first `number` layers in backward, and keeps those of the others.
 
     stack: takes what these layers are given into host memory; None: it stays on the device.
-
     It may be called any number of times, between steps. Nothing but training sees it: a layer in evaluation mode looks
     at neither of the two attributes that are set here. No bit of a gradient changes: the generators' state of the
     forward pass comes back. A model without layers that transformers knows to recompute does it as a whole, or not.
@@ -35,17 +35,17 @@ def recompute(model: Any, number: int, stack: HostStack | None = None) -> None:
     if not layers:
         _as_a_whole(model, number > 0)
     again = partial(checkpoint, use_reentrant=False)  # which asks for no embedding with a gradient, as the other does
-
-    def from_host(layer: Any, *inputs: Any) -> Any:
-        """Without a gradient, as what an embedding gives the first layer, there is one tensor at most: it stays."""
-        if not inputs or not isinstance(inputs[0], Tensor) or not inputs[0].requires_grad or stack is None:
-            return again(layer, *inputs)
-        with stack.keeping(inputs[0]):
-            return again(layer, *inputs)
-
     for index, layer in enumerate(layers):
-        layer._gradient_checkpointing_func = again if stack is None else from_host
+        layer._gradient_checkpointing_func = again if stack is None else partial(_from_host, stack, again)
         layer.gradient_checkpointing = index < number
+
+
+def _from_host(stack: HostStack, again: Callable[..., Any], layer: Any, *inputs: Any) -> Any:
+    """Without a gradient, as what an embedding gives the first layer, there is one tensor at most: it stays."""
+    if not inputs or not isinstance(inputs[0], Tensor) or not inputs[0].requires_grad:
+        return again(layer, *inputs)
+    with stack.keeping(inputs[0]):
+        return again(layer, *inputs)
 
 
 def _as_a_whole(model: Any, wanted: bool) -> None:

@@ -75,7 +75,8 @@ def _tensors(linears: list[Any]) -> list[Tensor]:
 
 def _by_layer(model: nn.Module, spared: Sequence[str]) -> Iterator[list[Any]]:
     """The linear layers of each layer, every one once."""
-    seen = {id(module) for name, module in model.named_modules() if name.endswith(tuple(spared))}
+    ends = tuple(f".{name}" for name in spared)  # as PEFT reads modules_to_save
+    seen = {id(module) for name, module in model.named_modules() if f".{name}".endswith(ends)}
     for layer in checkpointing_layers(model):
         found = [module for module in layer.modules() if type(module) in READERS and not getattr(module, "shared", ())]
         yield [module for module in found if id(module) not in seen]

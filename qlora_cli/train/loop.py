@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import resource
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -28,7 +27,7 @@ from qlora_cli.train.best import Best, judged, keep_best, prune_best, publish_be
 from qlora_cli.train.checkpoint import Progress, snapshot, write_checkpoint
 from qlora_cli.train.optimizers import never_waiting, set_learning_rate
 from qlora_cli.train.publish import owner_of, publish_adapter
-from qlora_cli.train.recompute import Planner, correct, forget_step, grow, ran_out, start_measuring
+from qlora_cli.train.recompute import Planner, correct, forget_step, give_back_memory, grow, ran_out, start_measuring
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, append_metrics
 from qlora_cli.train.schedules import lr_factor
@@ -232,9 +231,7 @@ def evaluate_with_room(session: Session) -> None:
             raise
     session.report.say("memory   ran out in an evaluation: from here on no weight is kept dequantised")
     grow(session.recomputing, False)
-    gc.collect()
-    if torch.cuda.is_initialized():
-        torch.cuda.empty_cache()
+    give_back_memory()
     evaluate(session)
 
 

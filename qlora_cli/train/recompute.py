@@ -174,10 +174,15 @@ def ran_out(error: RuntimeError) -> bool:
 def forget_step(optimizer: torch.optim.Optimizer, state: dict[str, torch.Tensor]) -> None:
     """Puts things back as they were before a step that ran out of memory: no gradients, the generators at `state`."""
     optimizer.zero_grad()
-    gc.collect()  # what a failed pass leaves in cycles
+    give_back_memory()
+    restore_random_state(state)
+
+
+def give_back_memory() -> None:
+    """Frees what a failed pass leaves in cycles, on the device too."""
+    gc.collect()
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    restore_random_state(state)
 
 
 def start_measuring(device: torch.device) -> int:
