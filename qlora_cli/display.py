@@ -156,31 +156,6 @@ def form_of(name: str) -> str:
     return ".4g" if name.endswith("perplexity") else ".4f"
 
 
-MEASURED = {
-    "sequence_classification": ("rows", "largest difference of an output", "same class"),
-    "question_answering": ("ends of spans", "largest logit difference", "same token"),
-}
-"""What a merge is measured over, by task: places, what differs, what is the same; else positions of text."""
-
-
-def print_merge(result: dict[str, Any]) -> None:
-    """What a merge wrote, and how far it is from the unmerged model."""
-    console = Console(highlight=False)
-    difference = result["difference"]
-    console.print(
-        f"merged   {result['out']}  ({result['dtype']}, onto the {result['base']} base, {result['seconds']:.1f} s)",
-        soft_wrap=True,
-    )
-    text = ("positions", "largest logit difference", "same top token")
-    places, differs, same = MEASURED.get(result["task"], text)
-    console.print(
-        f"against the unmerged model over {difference['positions']} {places}: {differs} "
-        f"{difference['max_abs']:.2e}, mean KL {difference['mean_kl']:.2e} nats, "
-        f"{same} {difference['top1_agreement']:.2%}",
-        soft_wrap=True,
-    )
-
-
 def print_quantized(result: dict[str, Any]) -> None:
     """Where the base was stored."""
     Console(highlight=False).print(f"{result['out']}  ({result['bytes']:,} bytes of weights)", soft_wrap=True)

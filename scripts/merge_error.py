@@ -11,15 +11,17 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tests.tiny, the model that the tests use
 
-from qlora_cli.merge.difference import Difference, compare, logits_of
-from qlora_cli.merge.merge import merge_adapter
+from qlora_cli.merge.difference import Difference, compare, seen
+from qlora_cli.merge.merge import How, merge_adapter
 from qlora_cli.model.adapter import attach_adapter, save_adapter
 from qlora_cli.model.base import load_base
+from qlora_cli.model.owner import Owner
 from qlora_cli.quant.layers import quantized_modules
 from qlora_cli.recipe import Recipe
 from tests.tiny import write_tiny_model
@@ -52,6 +54,11 @@ def main() -> None:
             )
 
 
+def next_tokens(model: Any, row: list[int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """The logits behind every token of a row; the loss is not asked for."""
+    return model(input_ids=torch.tensor([row])).logits[0], torch.zeros(()), 0
+
+
 def measure(model: Path, folder: Path, data_type: str, compute: str, written: str, onto: str) -> Difference:
     """Merges one case and compares it with the unmerged model."""
     recipe = Recipe.model_validate(
@@ -68,23 +75,15 @@ def measure(model: Path, folder: Path, data_type: str, compute: str, written: st
     for name, parameter in unmerged.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.02)
-    save_adapter(unmerged, folder / "adapter", str(model))
+    save_adapter(unmerged, folder / "adapter", Owner(str(model)))
     with base.compute():
-        reference = logits_of(unmerged, ROWS, max_positions=320)
-    merge_adapter(
-        model,
-        folder / "adapter",
-        folder / "merged",
-        quantization=recipe.quantization,
-        compute_dtype=base.compute_dtype,
-        onto=onto,  # type: ignore[arg-type]
-        dtype=DTYPES[written],
-        quantized_modules=names,
-    )
+        reference = seen(unmerged, ROWS, next_tokens, 1 << 30).logits
+    how = How(recipe.quantization, base.compute_dtype, onto, DTYPES[written], names)  # type: ignore[arg-type]
+    merge_adapter(model, folder / "adapter", folder / "merged", how)
     from transformers import AutoModelForCausalLM
 
     merged = AutoModelForCausalLM.from_pretrained(folder / "merged", dtype=DTYPES[written])
-    return compare(reference, logits_of(merged, ROWS, max_positions=320))
+    return compare(reference, seen(merged, ROWS, next_tokens, 1 << 30).logits)
 
 
 if __name__ == "__main__":

@@ -204,10 +204,12 @@ def test_merge_writes_a_plain_transformers_folder_and_measures_it(finished, tmp_
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     out = tmp_path / "merged"
-    result = json.loads(qlora("merge", finished, "--out", out, "--base", base, "--json").out)
+    whole = json.loads(qlora("merge", finished, "--out", out, "--base", base, "--json").out)
+    assert whole["held"]
+    (result,) = whole["merges"]
     assert json.loads((out / "merge.json").read_text()) == result
     assert result["same_base"] is True
-    difference = result["difference"]
+    difference = result["certificate"]
     assert difference["positions"] > 100
     if base == "dequantized":
         assert difference["max_abs"] < 1e-4
@@ -255,7 +257,7 @@ def test_merge_refuses_to_overwrite(finished, tmp_path, qlora):
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
     ended = qlora("merge", finished, "--out", tmp_path / "mine")
     assert ended.code == 2
-    assert "is there already, and nothing is overwritten. Name a new folder with --out." in ended.err
+    assert "it exists and is not an empty folder; nothing is overwritten. Name a new folder with --out." in ended.err
     assert (tmp_path / "mine" / "thesis.tex").read_text() == "years of work"
 
 

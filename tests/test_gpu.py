@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from qlora_cli import commands
+from qlora_cli import commands, merging
 from qlora_cli.display import QuietReport
 from qlora_cli.model.adapter import attach_adapter
 from qlora_cli.model.base import fingerprint, load_base
@@ -159,11 +159,10 @@ def test_train_eval_and_merge_on_the_gpu(make_recipe, heldout_file, rows_file, t
     adapter = train(recipe)
     result = commands.evaluate(recipe, QuietReport(), commands.Wanted(baseline=True, again=True))
     assert result["models"]["adapter"]["loss"] < result["models"]["base"]["loss"]
-    merged = commands.merge(
-        adapter.parent, recipe, QuietReport(), out=tmp_path / "merged", onto="dequantized", dtype="float32"
-    )
-    assert merged["difference"]["max_abs"] < 1e-3
-    assert merged["difference"]["top1_agreement"] == 1.0
+    wanted = merging.Wanted(tmp_path / "merged", dtype="float32")
+    merged = merging.merge(adapter.parent, recipe, QuietReport(), wanted)["merges"][0]
+    assert merged["certificate"]["max_abs"] < 1e-3
+    assert merged["certificate"]["top1_agreement"] == 1.0
 
 
 @pytest.mark.parametrize("data_type", ["nf4", "int4", "none"])
@@ -205,8 +204,9 @@ def test_a_run_that_leaves_weights_in_host_memory_is_evaluated_and_merged(make_r
     )
     train(recipe)
     commands.evaluate(recipe, QuietReport(), commands.Wanted(baseline=True))
-    how: Any = {"out": tmp_path / "merged", "onto": "dequantized", "dtype": None}
-    assert commands.merge(tmp_path / "run", recipe, QuietReport(), **how)["same_base"]
+    merged = merging.merge(tmp_path / "run", recipe, QuietReport(), merging.Wanted(tmp_path / "merged"))
+    assert merged["held"]
+    assert merged["merges"][0]["same_base"]
 
 
 @pytest.mark.parametrize("memory", ["offload", "lean"])

@@ -6,11 +6,15 @@ import sys
 from io import TextIOWrapper
 
 from qlora_cli.cli import runs  # isort: skip (the order of the help)
+from qlora_cli.cli import merge  # isort: skip
+from qlora_cli.cli import export  # isort: skip
+from qlora_cli.cli import chat  # isort: skip
+from qlora_cli.cli import report  # isort: skip
 from qlora_cli.cli import models  # isort: skip
 from qlora_cli.cli.app import app
 from qlora_cli.errors import Exit, UserError
 
-__all__ = ["app", "main", "models", "runs"]
+__all__ = ["app", "chat", "export", "main", "merge", "models", "report", "runs"]
 
 
 def main() -> None:

@@ -206,34 +206,3 @@ def evaluate(
         print_json(result)
     else:
         display_evaluation.print_evaluation(result)
-
-
-@app.command()
-def merge(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A finished run's folder.")],
-    out: Annotated[Path | None, typer.Option(help="Where to write the model: RUN/merged.")] = None,
-    base: Annotated[
-        Literal["dequantized", "original"],
-        typer.Option(help="Weights to add to: dequantized, which were trained on, or the original ones."),
-    ] = "dequantized",
-    dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
-        typer.Option(help="Data type written: the run's compute dtype."),
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Fold a run's adapter into the weights, and measure the difference to the unmerged model.
-
-    Example: qlora merge runs/quickstart --out merged
-    """
-    with problems_as_json(as_json):
-        checked = recipe_of(run, None)
-        quiet_libraries(checked)
-        with importing():
-            from qlora_cli import commands, display
-
-        result = commands.merge(run, checked, display.make_report(), out=out, onto=base, dtype=dtype)
-    if as_json:
-        print_json(result)
-    else:
-        display.print_merge(result)

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from qlora_cli.errors import UserError
+from qlora_cli.model.adapter import WEIGHTS
+from qlora_cli.model.continued import CONFIG
 from qlora_cli.model.layout import Layout
 from qlora_cli.model.safetensors_stream import read_entries, read_tensor
 
@@ -31,6 +32,8 @@ UNDERSTOOD = frozenset(
 )
 """Keys of adapter_config.json whose meaning is in this file, or that do not bear on a merge. Any other that is set
 names a variant of LoRA with other arithmetic."""
+NAMING = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+"""Keys of it that say which modules have factors."""
 STARTS = (True, False, "gaussian")
 """`init_lora_weights` that leave the base as it is. The others (pissa, loftq, ...) go with a changed base."""
 
@@ -46,7 +49,7 @@ class Adapter:
     @property
     def weights(self) -> Path:
         """The file of its tensors."""
-        return self.folder / "adapter_model.safetensors"
+        return self.folder / WEIGHTS
 
     def tensor(self, name: str) -> Tensor:
         """One of its tensors in float32."""
@@ -78,9 +81,9 @@ Update = LowRank | Replacement
 
 def read_adapter(folder: Path) -> Adapter:
     """Check an adapter folder. Raises UserError for one that is missing, damaged, or not LoRA as we know it."""
-    file = folder / "adapter_config.json"
+    file = folder / CONFIG
     if not file.is_file():
-        raise UserError(folder, "no adapter_config.json", "name the adapter folder of a run")
+        raise UserError(folder, f"no {CONFIG}", "name the adapter folder of a run")
     try:
         config = json.loads(file.read_bytes())
         peft_type = config["peft_type"]
@@ -97,16 +100,15 @@ def read_adapter(folder: Path) -> Adapter:
             f"init_lora_weights: {start!r} changed the base, and merging onto a changed base is not available yet",
             "use the adapter unmerged",
         )
-    entries = read_entries(folder / "adapter_model.safetensors")
+    entries = read_entries(folder / WEIGHTS)
     return Adapter(folder, config, {entry.name: entry.shape for entry in entries})
 
 
 def plan_updates(adapter: Adapter, base: Mapping[str, tuple[int, ...]], layout: Layout) -> dict[str, Update]:
     """What the adapter does to each base tensor (live names and stored shapes), using each of its tensors once.
 
-    Raises UserError for tensors that fit nothing in the base, wrong shapes, and tied weights.
+    Raises UserError for tensors that fit nothing in the base, wrong shapes, and modules without their tensors.
     """
-    _refuse_tied(adapter, layout)
     left = set(adapter.shapes)
     updates: dict[str, Update] = {}
     for key in sorted(adapter.shapes):
@@ -125,19 +127,26 @@ def plan_updates(adapter: Adapter, base: Mapping[str, tuple[int, ...]], layout: 
         some = ", ".join(sorted(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
         what = f"no place in the base, or no other half, for {some}"
         raise UserError(adapter.weights, what, "name the base this adapter was trained on")
+    _refuse_missing(adapter, updates, layout)
     return updates
 
 
-def _refuse_tied(adapter: Adapter, layout: Layout) -> None:
-    """One stored tensor serves two layers, of which the adapter changes one: no single merged value is right."""
-    for module in sorted(layout.tied):
-        if any(key.startswith(f"{PREFIX}{module}.") for key in adapter.shapes):
-            raise UserError(
-                adapter.folder,
-                f"the adapter changes {module}, which shares its weight with another layer (tie_word_embeddings); "
-                "merging a tied weight is not available yet",
-                "use the adapter unmerged, or train without that module",
-            )
+def _refuse_missing(adapter: Adapter, updates: Mapping[str, Update], layout: Layout) -> None:
+    """Every module that adapter_config.json names has to have been used: PEFT only warns of one that has no tensors."""
+    from peft import LoraConfig
+    from peft.tuners.tuners_utils import check_target_module_exists
+
+    known = {name: value for name, value in adapter.config.items() if name in NAMING}
+    config = LoraConfig(**known)
+    saved = adapter.config.get("modules_to_save") or []
+    for name in sorted(layout.parameters):
+        module, _, part = name.rpartition(".")
+        wanted = any(module == one or module.endswith(f".{one}") for one in saved)
+        if part == "weight" and module in layout.linear and config.target_modules != "all-linear":
+            wanted = wanted or bool(check_target_module_exists(config, module))
+        if wanted and name not in updates:
+            what = f"{CONFIG} has the adapter change {module}, and no tensor of {WEIGHTS} does"
+            raise UserError(adapter.folder, what, "copy the adapter folder again")
 
 
 def _dora(adapter: Adapter) -> bool:
@@ -168,20 +177,3 @@ def _check_shape(adapter: Adapter, key: str, expected: tuple[int, ...]) -> None:
             f"{key} has shape {list(adapter.shapes[key])}, but base and adapter_config.json ask for {list(expected)}",
             "name the base this adapter was trained on",
         )
-
-
-def updated(adapter: Adapter, update: Update, weight: Tensor) -> Tensor:
-    """The new float32 value of a base tensor, in its stored orientation.
-
-    weight: the base's value, float32, as stored; changed in place where that saves memory.
-    """
-    if isinstance(update, Replacement):
-        return adapter.tensor(update.name).to(weight.device)
-    key = PREFIX + update.module
-    a, b = (adapter.tensor(key + part).to(weight.device) for part in (LORA_A, LORA_B))
-    rows = weight.T if update.transposed else weight  # (out_features, in_features), a view
-    rows += (b @ a).mul_(update.scaling)
-    if update.magnitude:
-        magnitude = adapter.tensor(key + MAGNITUDE).to(weight.device)
-        rows *= (magnitude / torch.linalg.norm(rows, dim=1)).unsqueeze(1)
-    return weight

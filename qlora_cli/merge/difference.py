@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from qlora_cli.errors import Exit, UserError
 
@@ -23,60 +23,78 @@ class Difference:
     positions: int
 
 
-Forward = Callable[[nn.Module, Any], Tensor]
-"""A model and a row to its logits (positions, choices): of the next token, of classes, of the ends of a span."""
+Forward = Callable[[Any, Any], tuple[Tensor, Tensor, int]]
+"""A model and some rows to its logits (positions, choices), of the next token, of classes or of the ends of a span; the
+loss summed over the rows' targets in nats, () float32; and the number of targets."""
 
 
-def next_tokens(model: nn.Module, row: list[int]) -> Tensor:
-    """The next-token logits (T, V) behind every token of a row of ids."""
-    device: Any = model.device  # of a placed model not that of its first parameter (model/placement.py)
-    found: Tensor = model(input_ids=torch.tensor([row], device=device)).logits[0]
-    return found
+@dataclass(frozen=True)
+class Seen:
+    """What a model says of some rows: its logits at chosen positions, (positions, choices) float32 on the CPU for each
+    portion of the rows, and its mean loss over all targets in nats."""
+
+    logits: list[Tensor]
+    loss: float
 
 
 @torch.no_grad()
-def logits_of(
-    model: nn.Module, rows: Sequence[Any], max_positions: int, forward: Forward = next_tokens
-) -> list[Tensor]:
-    """Logits of each row at evenly spaced positions, at most max_positions in all (one per row at least).
+def seen(model: Any, portions: Sequence[Any], forward: Forward, most_bytes: int) -> Seen:
+    """What a model says of the rows, a portion of them at a time, in evaluation mode.
 
-    Rows are run one by one, in eval mode, so that no more than one row's logits are ever whole in memory. A 4-bit model
-    on the CPU must have been disarmed (`support_avx512bf16_for_cpu`): eval mode would repack its weights.
-    Returns per row (positions, choices) float32 on the CPU.
+    most_bytes: of logits that are kept; of more every second, third, ... position of each portion is. Losses are of all
+    targets. A 4-bit model on the CPU must have been disarmed (`support_avx512bf16_for_cpu`): evaluation mode would
+    repack its weights.
     """
-    per_row = max(1, max_positions // max(1, len(rows)))
     was_training = model.training
-    kept = []
+    kept, losses, num_targets = [], 0.0, 0
     model.eval()
     try:
-        for row in rows:
-            logits = forward(model, row)
-            chosen = torch.linspace(0, len(logits) - 1, min(per_row, len(logits))).round().long()
+        for portion in portions:
+            logits, loss, number = forward(model, portion)
+            most = max(1, most_bytes // (4 * logits.shape[1] * len(portions)))
+            chosen = torch.linspace(0, len(logits) - 1, min(most, len(logits))).round().long()
             kept.append(logits[chosen.to(logits.device)].float().cpu())
+            losses, num_targets = losses + loss.item(), num_targets + number
     finally:
         model.train(was_training)
-    return kept
+    return Seen(kept, losses / max(1, num_targets))
+
+
+BARRED = -1e30
+"""For a logit of minus infinity: its probability is zero, and arithmetic with it stays finite."""
 
 
 def compare(reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> Difference:
-    """Measure in float64, row by row. reference, candidate: per row (positions, choices), as `logits_of` gives.
+    """Measure in float64, a portion at a time. reference, candidate: per portion (positions, choices).
 
     Raises UserError (exit code FAILED) where the candidate's logits are not finite.
     """
     assert [tensor.shape for tensor in reference] == [tensor.shape for tensor in candidate], "not the same positions"
     assert reference, "a comparison needs a row"
     largest, divergences, agreeing = 0.0, [], 0
-    for row, (expected, got) in enumerate(zip(reference, candidate, strict=True)):
+    for portion, (expected, got) in enumerate(zip(reference, candidate, strict=True)):
+        barred = torch.isneginf(expected)  # no choice, as the padding of a span's row
+        expected, got = (logits.masked_fill(barred, BARRED) for logits in (expected, got))
         if not torch.isfinite(got).all():
             raise UserError(
                 "merged model",
-                f"its logits are not finite on row {row + 1}",
+                f"its logits are not finite in portion {portion + 1} of the rows",
                 "merge in bfloat16 or float32",
                 Exit.FAILED,
             )
         largest = max(largest, (expected.double() - got.double()).abs().max().item())
-        log_p, log_q = expected.double().log_softmax(-1), got.double().log_softmax(-1)
-        divergences.append((log_p.exp() * (log_p - log_q)).sum(-1))
+        divergences.append(divergence(expected.double(), got.double()))
         agreeing += int((expected.argmax(-1) == got.argmax(-1)).sum())
     kl = torch.cat(divergences).clamp(min=0)  # rounding can leave -1e-17
     return Difference(largest, kl.mean().item(), kl.quantile(0.99).item(), agreeing / len(kl), len(kl))
+
+
+def divergence(expected: Tensor, got: Tensor) -> Tensor:
+    """KL(expected || got) of each row of logits (N, C), in nats; of numbers (N, 1) that of Gaussians around them.
+
+    A number's loss is its squared error, so a model of numbers says a Gaussian of variance 1.
+    """
+    if expected.shape[1] == 1:
+        return (expected - got).square().squeeze(1) / 2
+    log_p, log_q = expected.log_softmax(-1), got.log_softmax(-1)
+    return (log_p.exp() * (log_p - log_q)).sum(-1)

@@ -274,12 +274,19 @@ def check_config(model: Any, config: Any) -> None:
 
 
 def refuse_tied(model: Any, names: list[str]) -> None:
-    """Refuses to train one side of a tied weight, as an embedding's and its head's: the two would drift apart."""
+    """Refuses to train a tied weight under a name by which the model does not use it, or uses it with others.
+
+    The head and a decoder's embedding may be trained: they then differ, and a merge gives each a tensor of its own.
+    """
     named = dict(model.named_parameters(remove_duplicate=False))
     shared = Counter(map(id, named.values()))
     tied = [name.rpartition(".")[0] for name, parameter in named.items() if shared[id(parameter)] > 1]
+    apart = {id(model.get_output_embeddings())}
+    if not getattr(model.config, "is_encoder_decoder", False):
+        apart.add(id(model.get_input_embeddings()))
     for name in names:
-        if any(_is_suffix(name, module) for module in tied):
+        found = [module for module in tied if _is_suffix(name, module)]
+        if any(id(model.get_submodule(module)) not in apart for module in found):
             raise UserError(
                 "adapter",
                 f"{name} shares its weight with the embedding (tie_word_embeddings); training it is not available yet",

@@ -21,15 +21,18 @@ from qlora_cli.quant.data_types import QUANT_METHOD
 class Layout:
     """Names as in the live model; a checkpoint of another class or age has other ones (hub GPT-2 lacks a prefix).
 
-    architecture: the class of the model. parameters: with their shapes.
+    architecture: the class of the model; config: its own. parameters: with their shapes.
     """
 
     architecture: str
+    config: Any
     live: Callable[[str], str | None]  # the name of a checkpoint tensor, None where the model has no such tensor
     parameters: Mapping[str, tuple[int, ...]]
+    linear: frozenset[str]  # modules that LoRA can wrap, those of conv1d among them
     conv1d: frozenset[str]  # modules whose weight is stored (in_features, out_features)
     tied: frozenset[str]  # modules that share their weight with another
     embeddings: frozenset[str]  # modules whose weight is the input embedding's: it, and what is tied to it
+    head: str | None  # the module that makes logits of a vocabulary
 
     def parameter(self, name: str) -> str | None:
         """The live name of a checkpoint tensor, or None where it is none of the parameters (a buffer)."""
@@ -65,11 +68,14 @@ def read_layout(folder: Path, compute_dtype: torch.dtype, made: Made | None = No
     embedding = model.get_input_embeddings().weight
     return Layout(
         architecture=type(model).__name__,
+        config=model.config,
         live=renamer(model),
         parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        linear=frozenset(n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)),
         conv1d=frozenset(name for name, module in model.named_modules() if isinstance(module, Conv1D)),
         tied=frozenset(name.rpartition(".")[0] for name, p in parameters.items() if shared[id(p)] > 1),
         embeddings=frozenset(name.rpartition(".")[0] for name, p in parameters.items() if p is embedding),
+        head=next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None),
     )
 
 

@@ -97,7 +97,8 @@ class Fitting:
             stage.packed = need.packed
             self.rehearsed = Rehearsed(stage, need, self.room(need.base.device))
             self.chosen = self.rehearsed.choice()
-            return Choice(stage.num_layers if self.chosen is None else self.chosen, tuple(self.lines(kind)))
+            number = stage.num_layers if self.chosen is None else self.chosen
+            return Choice(number, tuple(self.lines(kind)), self.rehearsed.memory(number).reserved_bytes)
         except Exception as error:  # a model's own code on shapes alone may raise what it likes, and still train
             self.rehearsed = None
             what = error.what if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

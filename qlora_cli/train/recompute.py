@@ -48,10 +48,11 @@ class Seen:
 
 @dataclass(frozen=True)
 class Choice:
-    """How many layers to recompute, from the first on, and lines that say so."""
+    """How many layers to recompute, from the first on, lines that say so, and the peak that was planned for it."""
 
     number: int
     lines: tuple[str, ...] = ()
+    planned_bytes: int | None = None
 
 
 class Planner(Protocol):
@@ -72,7 +73,7 @@ class Recomputing:
     """The first `number` of `of` layers are recomputed. may_grow: more of them, where memory runs out.
 
     planner: who chose, as long as it is to be told what the first step takes. stack: has what these layers were given.
-    keeps: whether weights are kept dequantised.
+    keeps: whether weights are kept dequantised. planned_bytes: the peak planned before the first step, if it was.
     """
 
     model: Any
@@ -82,6 +83,7 @@ class Recomputing:
     planner: Planner | None = None
     stack: HostStack | None = None
     keeps: bool = False
+    planned_bytes: int | None = None
 
     def change(self, number: int) -> None:
         """From the next forward pass on."""
@@ -129,6 +131,7 @@ def begin(training: Training, need: Need, planner: Planner | None, say: Say) -> 
             say(line)
     stack = HostStack(need.base.device) if less and on_gpu else None
     found = Recomputing(model, 0, max(1, of), wanted == "auto", asked if on_gpu else None, stack)
+    found.planned_bytes = choice.planned_bytes
     found.change(choice.number)
     if less and not on_gpu:
         say(f"memory   {training.memory} moves nothing on a CPU, whose memory is the host's; {found.words}")

@@ -282,5 +282,18 @@ def start_training(session: Session, planner: Planner | None) -> None:
     filled = feed.capacity is not None
     need = Need(base, training.micro_batch_size, feed.capacity or feed.longest, session.packed or filled)
     session.recomputing = begin(training, need, planner, session.report.say)
+    if session.accelerator.is_main_process:
+        store_plan(session)
     if training.torch_compile:
         session.report.say(f"compile  {compile_layers(session.model)} layers, in their first steps")
+
+
+def store_plan(session: Session) -> None:
+    """Adds to run.json what this run is planned to come to, so that a report can hold it against what came.
+
+    memory_bytes: the peak that the allocator holds, None where nobody planned it.
+    """
+    made = session.recomputing
+    plan = {"steps": session.total_steps, "memory_bytes": made.planned_bytes}
+    plan |= {"layers_recomputed": made.number, "layers": made.of}
+    write_facts(session.run, {**(read_facts(session.run) or {}), "plan": plan})

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, GPT2Config, LlamaConfig
 
+from qlora_cli.merge.difference import seen
 from qlora_cli.recipe.schema import Quantization
 
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -99,3 +100,15 @@ def quantized_modules(model) -> list[str]:
         for name, module in model.named_modules()
         if isinstance(module, kinds)
     ]
+
+
+def next_tokens(model, row):
+    """The logits behind every token of a row of ids, and its loss."""
+    ids = torch.tensor([row])
+    logits = model(input_ids=ids).logits[0]
+    return logits, torch.nn.functional.cross_entropy(logits[:-1].float(), ids[0, 1:], reduction="sum"), len(row) - 1
+
+
+def logits_of(model, rows):
+    """The logits behind every token of each row."""
+    return seen(model, rows, next_tokens, 1 << 30).logits

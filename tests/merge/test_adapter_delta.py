@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from qlora_cli.errors import UserError
-from qlora_cli.merge.adapter_delta import LowRank, Replacement, plan_updates, read_adapter, updated
+from qlora_cli.merge.adapter_delta import LowRank, Replacement, plan_updates, read_adapter
+from qlora_cli.merge.fold import Fold, folded
 from qlora_cli.model.layout import read_layout
 from qlora_cli.model.safetensors_stream import read_checkpoint
 
@@ -69,7 +70,9 @@ def test_a_module_to_save_replaces_its_tensor(folders):
     adapter, updates = planned(folders / "llama", folders / "adapter-modules_to_save")
     assert updates["lm_head.weight"] == Replacement("base_model.model.lm_head.weight")
     saved = load_file(adapter.weights)["base_model.model.lm_head.weight"]
-    assert torch.equal(updated(adapter, updates["lm_head.weight"], torch.zeros(256, 64)), saved)
+    assert torch.equal(
+        folded(adapter, Fold("lm_head", updates["lm_head.weight"]), torch.zeros(256, 64), torch.float32), saved
+    )
 
 
 def test_a_missing_folder_or_file_is_named(folders, copied, tmp_path):
@@ -155,17 +158,21 @@ def test_a_replacement_of_another_shape_is_refused(folders, copied):
         planned(folders / "llama", copied)
 
 
-@pytest.mark.parametrize("settings", [{"modules_to_save": ["lm_head"]}, {"modules_to_save": ["embed_tokens"]}])
-def test_a_tied_weight_is_refused_with_the_reason(folders, tmp_path, settings):
-    folder = save_adapter(folders / "tied", tmp_path / "adapter", **settings)
-    with pytest.raises(UserError, match=r"tie_word_embeddings.*not available yet"):
-        planned(folders / "tied", folder)
+def test_a_module_without_its_tensors_is_named(folders, copied):
+    def lose(tensors):
+        for part in "AB":
+            tensors.pop(f"base_model.model.model.layers.0.mlp.up_proj.lora_{part}.weight")
+
+    edit_weights(copied, lose)
+    with pytest.raises(UserError, match=r"has the adapter change model\.layers\.0\.mlp\.up_proj, and no tensor of"):
+        planned(folders / "llama", copied)
 
 
-def test_a_low_rank_adapter_on_a_tied_head_is_refused(folders, tmp_path):
-    folder = save_adapter(folders / "tied", tmp_path / "adapter", [*LINEAR, "lm_head"])
-    with pytest.raises(UserError, match="changes lm_head, which shares its weight with another layer"):
-        planned(folders / "tied", folder)
+def test_a_module_to_save_without_its_tensor_is_named(folders, tmp_path):
+    folder = shutil.copytree(folders / "adapter-modules_to_save", tmp_path / "adapter")
+    edit_weights(folder, lambda tensors: tensors.pop("base_model.model.lm_head.weight"))
+    with pytest.raises(UserError, match="has the adapter change lm_head, and no tensor of"):
+        planned(folders / "llama", folder)
 
 
 def test_an_embedding_adapter_is_refused(folders, tmp_path):

@@ -8,10 +8,10 @@ from dataclasses import asdict
 
 import pytest
 import torch
-from merge_models import ROWS, llama
+from merge_models import ROWS, llama, next_tokens
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.merge.difference import compare, logits_of
+from qlora_cli.merge.difference import compare, seen
 
 
 def test_equal_logits_differ_by_nothing():
@@ -44,9 +44,23 @@ def test_the_percentile_is_over_positions_of_all_rows():
 
 
 def test_logits_that_are_not_finite_fail_with_the_row():
-    with pytest.raises(UserError, match="its logits are not finite on row 2") as caught:
+    with pytest.raises(UserError, match="its logits are not finite in portion 2 of the rows") as caught:
         compare([torch.zeros(1, 2)] * 2, [torch.zeros(1, 2), torch.tensor([[0.0, float("nan")]])])
     assert caught.value.code == Exit.FAILED
+
+
+def test_choices_that_are_barred_on_both_sides_count_for_nothing():
+    barred = torch.tensor([[0.5, -0.5, -torch.inf]])
+    p, q = (torch.tensor([one]) for one in ([0.5, -0.5], [0.1, 0.2]))
+    got = torch.tensor([[0.1, 0.2, -torch.inf]])
+    assert compare([barred], [got]).mean_kl == pytest.approx(compare([p], [q]).mean_kl, rel=1e-6)
+    assert compare([barred], [got]).max_abs == pytest.approx(0.7)
+
+
+def test_numbers_differ_by_half_their_square():
+    difference = compare([torch.tensor([[1.0], [2.0]])], [torch.tensor([[1.0], [2.2]])])
+    assert difference.mean_kl == pytest.approx(0.2**2 / 4, rel=1e-5)
+    assert difference.top1_agreement == 1
 
 
 def test_other_positions_or_none_are_a_bug():
@@ -56,27 +70,24 @@ def test_other_positions_or_none_are_a_bug():
         compare([], [])
 
 
-def test_logits_are_those_of_the_model_at_even_positions():
+def test_logits_are_those_of_the_model_at_even_positions_and_losses_of_all(tmp_path):
     model = llama().train()
-    whole = logits_of(model, ROWS, 10_000)
-    assert [len(row) for row in whole] == [len(row) for row in ROWS]
+    whole = seen(model, ROWS, next_tokens, 1 << 30)
+    assert [len(row) for row in whole.logits] == [len(row) for row in ROWS]
     direct = model.eval()(input_ids=torch.tensor([ROWS[0]])).logits[0]
-    torch.testing.assert_close(whole[0], direct.detach())
-    some = logits_of(model, ROWS, 9)
-    assert [len(row) for row in some] == [3, 3, 3]
-    assert torch.equal(some[0], whole[0][[0, 18, 36]])
-    assert [len(row) for row in logits_of(model, ROWS, 1)] == [1, 1, 1]
+    torch.testing.assert_close(whole.logits[0], direct.detach())
+    some = seen(model, ROWS, next_tokens, 9 * 256 * 4)
+    assert [len(row) for row in some.logits] == [3, 3, 3]
+    assert torch.equal(some.logits[0], whole.logits[0][[0, 18, 36]])
+    assert some.loss == whole.loss
+    assert [len(row) for row in seen(model, ROWS, next_tokens, 1).logits] == [1, 1, 1]
+    with torch.no_grad():
+        losses = [model(input_ids=torch.tensor([row]), labels=torch.tensor([row])).loss for row in ROWS]
+    total = sum(float(loss) * (len(row) - 1) for loss, row in zip(losses, ROWS, strict=True))
+    assert whole.loss == pytest.approx(total / sum(len(row) - 1 for row in ROWS), rel=1e-5)
 
 
 def test_the_model_is_left_in_its_mode():
     model = llama().train()
-    logits_of(model, ROWS[:1], 1)
+    seen(model, ROWS[:1], next_tokens, 1)
     assert model.training
-
-
-def test_logits_of_another_forward_are_spread_over_its_positions():
-    model = torch.nn.Linear(2, 3)
-    rows = [torch.randn(5, 2), torch.randn(1, 2)]
-    found = logits_of(model, rows, 6, lambda model, row: model(row))
-    assert [tuple(one.shape) for one in found] == [(3, 3), (1, 3)]
-    assert torch.equal(found[0], model(rows[0])[[0, 2, 4]].detach())

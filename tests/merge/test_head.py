@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qlora_cli.errors import UserError
-from qlora_cli.merge.merge import merge_adapter
+from qlora_cli.merge.merge import How, merge_adapter
 from qlora_cli.model.adapter import attach_adapter, load_adapter, save_adapter
 from qlora_cli.model.base import find_base, load_base
 from qlora_cli.model.heads import TASKS, auto_class
@@ -46,12 +46,14 @@ def merged(recipe, base, out, dtype=torch.float32, onto="dequantized", modules=N
         base.folder,
         out.parent / "adapter",
         out,
-        quantization=recipe.quantization,
-        compute_dtype=base.compute_dtype,
-        onto=onto,
-        dtype=dtype,
-        quantized_modules=list(quantized_modules(base.model)) if modules is None else modules,
-        made=None if base.task == "causal_lm" else Made(base.task, base.config),
+        How(
+            recipe.quantization,
+            base.compute_dtype,
+            onto,
+            dtype,
+            list(quantized_modules(base.model)) if modules is None else modules,
+            made=None if base.task == "causal_lm" else Made(base.task, base.config),
+        ),
     )
 
 

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from qlora_cli import commands
+from qlora_cli import merging
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.owner import OWNER
 from qlora_cli.train.run import Run
@@ -58,7 +58,7 @@ def test_the_baseline_of_a_changed_base_is_its_start_on_either_way(continued, be
     assert found == evaluate(bench.recipe(INT2, bench.whole().folder), baseline=True)
     assert found.keys() == {"start", "adapter"}
     with pytest.raises(UserError, match=r"--base original: .*the weights as published are others") as error:
-        commands.merge(run.folder, recipe, Report(), out=None, onto="original", dtype=None)
+        merging.merge(run.folder, recipe, Report(), merging.Wanted(bases=("original",)))
     assert error.value.code == Exit.REFUSED
 
 

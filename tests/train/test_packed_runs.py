@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora_cli import commands
+from qlora_cli import commands, merging
 from qlora_cli.display import QuietReport
 from tests.tiny import write_tiny_model
 
@@ -55,9 +55,8 @@ def test_a_run_on_a_packed_base_is_resumed_measured_and_merged(
     assert losses[-1] < losses[0]
     result = commands.evaluate(recipe_in("whole"), report, commands.Wanted(baseline=True, again=True))
     assert result["models"]["adapter"]["loss"] < result["models"]["base"]["loss"]
-    merged = commands.merge(
-        tmp_path / "whole", recipe_in("whole"), report, out=None, onto="dequantized", dtype="float32"
-    )
+    wanted = merging.Wanted(dtype="float32")
+    merged = merging.merge(tmp_path / "whole", recipe_in("whole"), report, wanted)["merges"][0]
     assert merged["same_base"]
-    assert merged["difference"]["max_abs"] < 1e-3
-    assert merged["difference"]["top1_agreement"] == 1.0
+    assert merged["certificate"]["max_abs"] < 1e-3
+    assert merged["certificate"]["top1_agreement"] == 1.0

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import qlora_cli.quant.plugin  # noqa: F401 (teaches transformers the packed layers)
-from qlora_cli import commands
+from qlora_cli import commands, merging
 from qlora_cli.display import QuietReport
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.adapter import load_adapter
@@ -146,7 +146,7 @@ def evaluate(recipe: Recipe, adapter: Path | None = None, baseline: bool = False
 
 
 def merge(run: Run, recipe: Recipe, out: Path | None = None) -> dict[str, Any]:
-    return commands.merge(run.folder, recipe, Report(), out=out, onto="dequantized", dtype="float32")
+    return merging.merge(run.folder, recipe, Report(), merging.Wanted(out, dtype="float32"))["merges"][0]
 
 
 def base_of(run: Run) -> Path:
@@ -183,7 +183,7 @@ def test_a_started_run_is_resumed_measured_and_merged(name, bench, tmp_path):
     assert measured["adapter"] < measured["start"]
     merged = merge(halves, recipe)
     assert merged["same_base"]
-    assert merged["difference"]["max_abs"] < 1e-3
+    assert merged["certificate"]["max_abs"] < 1e-3
     assert "quantization_config" not in json.loads((halves.folder / "merged" / "config.json").read_text())
     model = AutoModelForCausalLM.from_pretrained(halves.folder / "merged")
     assert not any(isinstance(module, PackedLayer) for module in model.modules())
@@ -371,7 +371,7 @@ def test_the_start_of_a_stored_base_can_be_continued_in_another_run(bench, tmp_p
     run = Run(tmp_path / "run")
     assert weights(run) == weights(bench.whole()), "it is the same start"
     assert not run.base.exists()
-    assert merge(run, recipe)["difference"]["max_abs"] < 1e-3
+    assert merge(run, recipe)["certificate"]["max_abs"] < 1e-3
     with pytest.raises(UserError, match=f"was trained on {base}") as error:
         evaluate(bench.recipe(Kind({"data_type": "int2"}, {}), tmp_path / "plain"), run.adapter)
     assert error.value.code == Exit.REFUSED
