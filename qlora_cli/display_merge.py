@@ -44,7 +44,7 @@ def body(one: dict[str, Any]) -> list[str]:
         lines.append("note     the base is not the one that the adapter was trained on")
     found = one["certificate"]
     if found is None:
-        return [*lines, "verified not: --no-verify"]
+        return [*lines, "not verified: neither this model nor whether the base is the one trained on (--no-verify)"]
     places, differs, same = MEASURED.get(one["task"], ("positions", "largest logit difference", "same top token"))
     lines.append(
         f"against the unmerged model over {found['positions']:,} {places}: {differs} {found['max_abs']:.2e}, "

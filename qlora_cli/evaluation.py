@@ -38,6 +38,7 @@ from qlora_cli.recipe.remote import with_whole_paths
 from qlora_cli.recipe.schema import Adapter, Quantization
 from qlora_cli.train.allocator import keep_freed_memory
 from qlora_cli.train.base import recipe_of_base
+from qlora_cli.train.card import MERGED, refresh
 from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_seen
 from qlora_cli.train.report import Report
 from qlora_cli.train.run import Run, date_of, read_facts
@@ -117,7 +118,12 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
         gc.collect()  # one model is in memory at a time
         merged = load_base(recipe_of_merged(recipe, wanted.merged), default_device())
         measure(Subject("merged", merged, merged.model, f"{fingerprint(merged.model)} {reads_as(merged)}"))
-    return told(recipe, suites, answers, folder)
+    result = told(recipe, suites, answers, folder)
+    if wanted.limit is None:
+        refresh(run.adapter, run, recipe)
+        if wanted.merged is not None and (record := wanted.merged / MERGED).is_file():
+            refresh(wanted.merged, run, recipe, read_json(record, "it says what was merged"))
+    return result
 
 
 def suites_of_run(recipe: Recipe, found: Found, report: Report, wanted: Wanted, adapter: Path) -> list[Opened]:
@@ -135,14 +141,15 @@ def suites_of_run(recipe: Recipe, found: Found, report: Report, wanted: Wanted, 
 
 
 def refuse_other_labels(recipe: Recipe, run: Run) -> None:
-    """Refuses classes that are others, or in another order, than those that the run was trained on."""
+    """Refuses classes or added tokens that are others, or in another order, than those that the run was trained on."""
     if run.resolved.exists() and run.adapter.exists():
         trained = yaml.safe_load(run.resolved.read_text())["model"]
         now = {"labels": list(recipe.model.labels), "num_labels": recipe.model.num_labels}
+        now |= {"added_tokens": list(recipe.model.added_tokens)}
         for name, value in now.items():
             if (before := trained.get(name, value)) != value:
                 what = f"is {value}, and the run was trained with {before}"
-                raise UserError(f"model.{name}", what, "give the key its value back: the head knows no others")
+                raise UserError(f"model.{name}", what, "give the key its value back: the adapter knows no others")
 
 
 def reads_as(found: Found) -> str:
@@ -251,12 +258,13 @@ def began_with(base: Base, adapter: Adapter) -> Path | None:
 
 
 def recipe_of_merged(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe by which a merged folder is measured: as it is stored, nothing quantised."""
+    """The recipe by which a merged folder is measured: as it is stored, nothing quantised, no token added."""
     if not (folder / "config.json").is_file():
         raise UserError(f"--merged {folder}", "no merged model there", "run `qlora merge`, or name its folder")
     dtype = read_config(folder).get("dtype", "float32")
     plain = Quantization(data_type="none", compute_dtype="bfloat16" if dtype == "bfloat16" else "float32")
-    model = recipe.model.model_copy(update={"name_or_path": str(folder), "revision": None})
+    place: dict[str, Any] = {"name_or_path": str(folder), "revision": None, "added_tokens": []}
+    model = recipe.model.model_copy(update=place)
     adapter = type(recipe.adapter)()
     return recipe.model_copy(update={"model": model, "quantization": plain, "adapter": adapter})
 

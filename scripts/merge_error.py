@@ -3,7 +3,7 @@
     python scripts/merge_error.py
 
 A random Llama of two layers (seed 0, weights of standard deviation 0.1) with a LoRA adapter on all linear layers, A as
-it starts and B random, so that the update is as large as a trained one. The table is that of docs/how-it-works.md.
+it starts and B random, so that the update is as large as a trained one. The table is that of docs/merge.md.
 """
 
 from __future__ import annotations

@@ -101,6 +101,30 @@ def write_stored(folder: Path, method: str, stored: dict[str, Any], **config: An
     return quantized, reference
 
 
+def store_by_bitsandbytes(
+    plain: Path,
+    folder: Path,
+    data_type: str = "nf4",
+    double_quant: bool = True,
+    dtype: torch.dtype = torch.float32,
+    max_shard_size: str = "5GB",
+) -> Path:
+    """The model of a folder as transformers saves it in bitsandbytes' 4 bits, its tokenizer beside it."""
+    import transformers
+
+    config = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=data_type,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    kind = getattr(transformers, json.loads((plain / "config.json").read_text())["architectures"][0])
+    model = kind.from_pretrained(plain, quantization_config=config, dtype=dtype, device_map={"": "cpu"})
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+    transformers.AutoTokenizer.from_pretrained(plain).save_pretrained(folder)
+    return folder
+
+
 def say_stored(folder: Path, how: Any) -> None:
     """Writes a quantization_config into config.json."""
     config = json.loads((folder / "config.json").read_text()) | {"quantization_config": how}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -195,3 +196,16 @@ def test_help_and_recipe_errors_come_at_once(folder: Path):
             best[name] = min(best[name], cpu_seconds(folder, *arguments))
     assert best["help"] < 2 * best["imports"], best
     assert best["error"] < 3 * best["imports"], best
+
+
+def test_a_reader_that_has_gone_is_no_traceback(tmp_path):
+    """As `qlora schema | head -1`: the pipe's other end is closed before anything is written."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    try:
+        ended = subprocess.run(
+            [sys.executable, "-m", "qlora_cli", "schema"], stdout=writer, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(writer)
+    assert (ended.returncode, ended.stderr) == (1, "")

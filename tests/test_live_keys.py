@@ -29,7 +29,6 @@ RULED = {
 """Keys that a rule refuses for any value but their default: such a value, and what the recipe holds besides."""
 
 NOT_YET: dict[str, list[Any]] = {
-    "model.added_tokens": [["<think>"]],
     "training.neftune_noise_alpha": [5],
 }
 """Values whose feature is still to come, of keys that do not spell their values out."""

@@ -14,8 +14,8 @@ from torch import Tensor
 from qlora_cli.chat.halt import Halt
 from qlora_cli.chat.pieces import Pieces
 from qlora_cli.chat.wanted import GREEDY, Sampling
-from qlora_cli.errors import Exit, UserError
-from qlora_cli.evaluate.generate import Decoding, deciding
+from qlora_cli.errors import UserError
+from qlora_cli.evaluate.generate import Decoding, deciding, only_numbers
 from qlora_cli.model.base import Base
 
 Say = Callable[[str], None]
@@ -169,7 +169,7 @@ def _generate(speaker: Speaker, model: Any, prompt: list[int], how: tuple[Manner
         output = model.generate(
             input_ids=input_ids,
             attention_mask=torch.ones_like(input_ids),
-            logits_processor=[_only_numbers],
+            logits_processor=[only_numbers],
             stopping_criteria=_criteria(manner.halt),
             streamer=tokens if beams == 1 else None,
             return_dict_in_generate=True,
@@ -216,14 +216,6 @@ def _criteria(halt: Halt) -> Any:
         return torch.full((input_ids.shape[0],), halt(), dtype=torch.bool, device=input_ids.device)
 
     return StoppingCriteriaList([criterion])
-
-
-def _only_numbers(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """The scores, as transformers' logits processors return them. Raises UserError where one is NaN."""
-    if scores.isnan().any():
-        what = "the model's logits are not numbers"
-        raise UserError("generate", what, "check its weights and compute_dtype", Exit.FAILED)
-    return scores
 
 
 def always(model: Any) -> Callable[[], AbstractContextManager[Any]]:

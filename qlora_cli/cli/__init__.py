@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from io import TextIOWrapper
 
@@ -26,9 +27,12 @@ def main() -> None:
     except UserError as error:
         print(error, file=sys.stderr)
         sys.exit(error.code)
+    except BrokenPipeError:  # who read our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(Exit.FAILED)
     except PermissionError as error:
         print(f"{error.filename}: {error.strerror}. Mend its permissions, or name another place.", file=sys.stderr)
         sys.exit(Exit.FAILED)
     except KeyboardInterrupt:
-        print("interrupted; nothing half-done is kept", file=sys.stderr)
+        print("interrupted; no half-written file is kept", file=sys.stderr)
         sys.exit(Exit.SIGINT)

@@ -37,10 +37,13 @@ class Prompt(NamedTuple):
 
 
 class Prompts:
-    """Makes prompts, for a `with` block: the process is started at once and does not outlive it."""
+    """Makes prompts, for a `with` block: the process is started at once and does not outlive it.
 
-    def __init__(self, settings: ChatSettings) -> None:
-        self.settings = settings
+    row_seconds: processor time that one prompt may take.
+    """
+
+    def __init__(self, settings: ChatSettings, row_seconds: float = ROW_SECONDS) -> None:
+        self.settings, self.row_seconds = settings, row_seconds
         self.child: subprocess.Popen[bytes] | None = self._started()
 
     def __enter__(self) -> Prompts:
@@ -79,7 +82,7 @@ class Prompts:
         environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false"}
         pipe, nothing = subprocess.PIPE, subprocess.DEVNULL
         child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=nothing, env=environment, process_group=0)
-        data = pickle.dumps(self.settings)
+        data = pickle.dumps((self.settings, self.row_seconds))
         assert child.stdin is not None
         child.stdin.write(struct.pack("<Q", len(data)) + data)
         child.stdin.flush()
@@ -89,7 +92,7 @@ class Prompts:
         """Why the process ended."""
         code = child.wait()
         reasons = {
-            -signal.SIGPROF: f"takes more than {ROW_SECONDS} s of processor time",
+            -signal.SIGPROF: f"takes more than {self.row_seconds:g} s of processor time ({LOAD_SECONDS} to compile)",
             -signal.SIGABRT: f"needs more than {MEMORY_BYTES // 2**20:,} MiB of memory",
             -signal.SIGSEGV: f"needs more than {MEMORY_BYTES // 2**20:,} MiB of memory",
         }
@@ -129,13 +132,16 @@ def _checked(message: Message, number: int, chat: Chat) -> str:
 def main() -> None:
     """Answers until its input ends."""
     given, answers = sys.stdin.buffer, sys.stdout.buffer
-    settings: ChatSettings = pickle.loads(given.read(struct.unpack("<Q", given.read(8))[0]))
+    settings: ChatSettings
+    settings, row_seconds = pickle.loads(given.read(struct.unpack("<Q", given.read(8))[0]))
     confine(40 * len(settings.tokenizer) + MEMORY_BYTES)
     chat: Chat | None = None
     for line in given:
         try:
-            with cpu_limit(ROW_SECONDS if chat else LOAD_SECONDS):
-                chat = chat or make_chat(settings)
+            if chat is None:
+                with cpu_limit(LOAD_SECONDS):
+                    chat = make_chat(settings)
+            with cpu_limit(row_seconds):
                 answer: dict[str, Any] = prompt_of(json.loads(line), chat)._asdict()
         except UserError as error:
             if isinstance(error.__cause__, MemoryError):

@@ -85,7 +85,7 @@ def generate_answers(
             yield index, Answer(examples[index].where, prompt_text, _text(base, reference), generated)
 
 
-def _only_numbers(input_ids: Tensor, scores: Tensor) -> Tensor:
+def only_numbers(input_ids: Tensor, scores: Tensor) -> Tensor:
     """The scores, as transformers' logits processors return them. Raises UserError where one is NaN."""
     if scores.isnan().any():
         what = "the model's logits are not numbers"
@@ -98,7 +98,7 @@ def _written(base: Base, model: Any, prompts: Sequence[list[int]]) -> list[str]:
     input_ids = torch.tensor(prompts, device=base.device)
     with base.compute():
         output = model.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), logits_processor=[_only_numbers]
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), logits_processor=[only_numbers]
         )
     given = input_ids.shape[1] if base.task == "causal_lm" else 1  # the decoder's start token
     return [_text(base, _until_stop(base, tokens[given:])) for tokens in output.tolist()]

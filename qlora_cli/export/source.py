@@ -13,12 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from qlora_cli.errors import Exit, UserError
+from qlora_cli.merge.companions import TOKENIZER_FILES
 
-TOKENIZER_FILES = (
-    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("merges.txt", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "spm.model"),
-    *("chat_template.jinja", "chat_template.json"),
-)
 MODEL_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES),
     *("README.md", "*.py"),

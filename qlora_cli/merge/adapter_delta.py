@@ -17,6 +17,7 @@ from torch import Tensor
 
 from qlora_cli.errors import UserError
 from qlora_cli.model.adapter import WEIGHTS
+from qlora_cli.model.added_tokens import ROWS, trained_rows
 from qlora_cli.model.continued import CONFIG
 from qlora_cli.model.layout import Layout
 from qlora_cli.model.safetensors_stream import read_entries, read_tensor
@@ -27,8 +28,8 @@ LORA_A, LORA_B, MAGNITUDE = ".lora_A.weight", ".lora_B.weight", ".lora_magnitude
 UNDERSTOOD = frozenset(
     """alpha_pattern auto_mapping base_model_name_or_path bias exclude_modules fan_in_fan_out inference_mode
     init_lora_weights layers_pattern layers_to_transform loftq_config lora_alpha lora_dropout megatron_core
-    modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision target_modules task_type use_dora
-    use_rslora""".split()  # noqa: SIM905
+    modules_to_save peft_type peft_version qalora_group_size r rank_pattern revision target_modules task_type
+    trainable_token_indices use_dora use_rslora""".split()  # noqa: SIM905
 )
 """Keys of adapter_config.json whose meaning is in this file, or that do not bear on a merge. Any other that is set
 names a variant of LoRA with other arithmetic."""
@@ -76,7 +77,19 @@ class Replacement:
     name: str
 
 
-Update = LowRank | Replacement
+@dataclass(frozen=True)
+class Rows:
+    """Rows of an embedding or a head, trained in full (`trainable_token_indices`), some of them behind the base's last.
+
+    ids: where the tensor's rows belong. number: rows of the merged weight.
+    """
+
+    name: str
+    ids: tuple[int, ...]
+    number: int
+
+
+Update = LowRank | Replacement | Rows
 
 
 def read_adapter(folder: Path) -> Adapter:
@@ -113,7 +126,10 @@ def plan_updates(adapter: Adapter, base: Mapping[str, tuple[int, ...]], layout: 
     updates: dict[str, Update] = {}
     for key in sorted(adapter.shapes):
         name = key.removeprefix(PREFIX)
-        if key.endswith(LORA_A) and name.removesuffix(LORA_A) + ".weight" in base:
+        if key.endswith(ROWS) and name.removesuffix(ROWS) + ".weight" in layout.parameters:
+            left.remove(key)
+            updates |= _rows(adapter, name.removesuffix(ROWS), base, layout)
+        elif key.endswith(LORA_A) and name.removesuffix(LORA_A) + ".weight" in base:
             module = name.removesuffix(LORA_A)
             parts = {PREFIX + module + part for part in (LORA_A, LORA_B, *([MAGNITUDE] if _dora(adapter) else []))}
             if parts <= left:
@@ -131,6 +147,37 @@ def plan_updates(adapter: Adapter, base: Mapping[str, tuple[int, ...]], layout: 
     return updates
 
 
+def _rows(adapter: Adapter, module: str, base: Mapping[str, tuple[int, ...]], layout: Layout) -> dict[str, Update]:
+    """The rows of one module, and of the weights that are tied to it and stored too.
+
+    Raises UserError for rows that leave a gap behind the base's last, or that the adapter changes in another way too,
+    and for a head with a bias, which would have none for them.
+    """
+    key = PREFIX + module + ROWS
+    ids = trained_rows(adapter.config.get("trainable_token_indices"), module, layout.embeddings)
+    sharing = layout.embeddings if module in layout.embeddings else {module}
+    updates: dict[str, Update] = {}
+    for name in sorted(f"{one}.weight" for one in sharing):
+        others = [one for one in adapter.shapes if one.startswith(PREFIX + name.removesuffix("weight")) and one != key]
+        others = [one for one in others if not (one.endswith(ROWS) and adapter.tensor(one).equal(adapter.tensor(key)))]
+        if ids is None or others:
+            what = f"{key} beside {others[0]}" if others else f"{key}, whose tokens {CONFIG} does not name"
+            raise UserError(adapter.folder, what, "name an adapter that `qlora train` wrote")
+        if name not in base:
+            continue
+        number, width = base[name]
+        _check_shape(adapter, key, (len(ids), width))
+        grown = max(number, max(ids) + 1)
+        if not set(range(number, grown)) <= set(ids):
+            what = f"{key} is of the tokens {ids[0]} to {ids[-1]}, and the base's last is {number - 1}"
+            raise UserError(adapter.folder, what, "name the base this adapter was trained on")
+        if name.removesuffix("weight") + "bias" in layout.parameters:
+            what = f"merging rows of {name}, which has a bias, is not available yet"
+            raise UserError(adapter.folder, what, "use the adapter unmerged")
+        updates[name] = Rows(key, tuple(ids), grown)
+    return updates
+
+
 def _refuse_missing(adapter: Adapter, updates: Mapping[str, Update], layout: Layout) -> None:
     """Every module that adapter_config.json names has to have been used: PEFT only warns of one that has no tensors."""
     from peft import LoraConfig
@@ -139,9 +186,12 @@ def _refuse_missing(adapter: Adapter, updates: Mapping[str, Update], layout: Lay
     known = {name: value for name, value in adapter.config.items() if name in NAMING}
     config = LoraConfig(**known)
     saved = adapter.config.get("modules_to_save") or []
+    rows = adapter.config.get("trainable_token_indices")
+    shared = layout.embeddings if any(f"{module}.weight" in updates for module in layout.embeddings) else ()
     for name in sorted(layout.parameters):
         module, _, part = name.rpartition(".")
         wanted = any(module == one or module.endswith(f".{one}") for one in saved)
+        wanted = wanted or (trained_rows(rows, module, layout.embeddings) is not None and module not in shared)
         if part == "weight" and module in layout.linear and config.target_modules != "all-linear":
             wanted = wanted or bool(check_target_module_exists(config, module))
         if wanted and name not in updates:

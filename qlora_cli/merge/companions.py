@@ -9,8 +9,9 @@ from typing import Any
 
 TOKENIZER_FILES = """
 tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt
-vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja chat_template.json
+vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model spm.model chat_template.jinja chat_template.json
 """.split()  # noqa: SIM905
+"""What makes a tokenizer folder, by transformers' names."""
 
 
 def write_config(folder: Path, base: Path, changes: dict[str, Any]) -> None:

@@ -60,6 +60,12 @@ def seen(model: Any, portions: Sequence[Any], forward: Forward, most_bytes: int)
     return Seen(kept, losses / max(1, num_targets))
 
 
+NOT_FINITE = {
+    "unmerged": "train again at a lower learning rate: the adapter is broken",
+    "merged": "merge in bfloat16 or float32",
+}
+"""What to do about logits that are not finite."""
+
 BARRED = -1e30
 """For a logit of minus infinity: its probability is zero, and arithmetic with it stays finite."""
 
@@ -67,7 +73,7 @@ BARRED = -1e30
 def compare(reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> Difference:
     """Measure in float64, a portion at a time. reference, candidate: per portion (positions, choices).
 
-    Raises UserError (exit code FAILED) where the candidate's logits are not finite.
+    Raises UserError (exit code FAILED) where logits are not finite.
     """
     assert [tensor.shape for tensor in reference] == [tensor.shape for tensor in candidate], "not the same positions"
     assert reference, "a comparison needs a row"
@@ -75,13 +81,10 @@ def compare(reference: Sequence[Tensor], candidate: Sequence[Tensor]) -> Differe
     for portion, (expected, got) in enumerate(zip(reference, candidate, strict=True)):
         barred = torch.isneginf(expected)  # no choice, as the padding of a span's row
         expected, got = (logits.masked_fill(barred, BARRED) for logits in (expected, got))
-        if not torch.isfinite(got).all():
-            raise UserError(
-                "merged model",
-                f"its logits are not finite in portion {portion + 1} of the rows",
-                "merge in bfloat16 or float32",
-                Exit.FAILED,
-            )
+        for model, logits in (("unmerged", expected), ("merged", got)):
+            if not torch.isfinite(logits).all():
+                what = f"its logits are not finite in portion {portion + 1} of the rows"
+                raise UserError(f"{model} model", what, NOT_FINITE[model], Exit.FAILED)
         largest = max(largest, (expected.double() - got.double()).abs().max().item())
         divergences.append(divergence(expected.double(), got.double()))
         agreeing += int((expected.argmax(-1) == got.argmax(-1)).sum())

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.merge.adapter_delta import LORA_A, LORA_B, MAGNITUDE, PREFIX, Adapter, LowRank, Replacement, Update
+from qlora_cli.merge.adapter_delta import LORA_A, LORA_B, MAGNITUDE, PREFIX, Adapter, LowRank, Replacement, Rows, Update
 
-PORTION = 1 << 18
-"""Weights at once: what is made of them in float32 stays in a core's cache, and memory never holds a whole tensor."""
+PORTION = 1 << 17
+"""Weights at once: what is made of them in float32 stays in a core's cache, and memory never holds a whole tensor.
+Measured by the weight on one core: 1.8 ns, 4.5 ns with twice as many, 10 ns with all of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -27,16 +28,20 @@ def folded(adapter: Adapter, fold: Fold, weight: Tensor, dtype: torch.dtype) -> 
     """A base tensor after the fold, in dtype and in its stored orientation.
 
     weight: the base's value in any floating dtype, which stays as it is. The arithmetic is PEFT's in float32:
-    W + (B @ A) * scaling; with DoRA each row of that is brought to its magnitude.
+    W + (B @ A) * scaling; with DoRA each row of that is brought to its magnitude. Trained rows replace the weight's, or
+    come behind its last.
     Raises UserError (exit code FAILED) where a value is not finite in dtype.
     """
     update, scale = fold.update, fold.scale
     if isinstance(update, Replacement):
         weight, update = adapter.tensor(update.name).to(weight.device), None
-    if update is None and scale == 1.0 and weight.dtype == dtype:
+    trained = update if isinstance(update, Rows) else None
+    update = None if isinstance(update, Rows) else update
+    if trained is None and update is None and scale == 1.0 and weight.dtype == dtype:
         _refuse_beyond(weight, dtype, fold, adapter)
         return weight
-    out = torch.empty_like(weight, dtype=dtype, memory_format=torch.contiguous_format)
+    shape = weight.shape if trained is None else (trained.number, *weight.shape[1:])
+    out = torch.empty(shape, dtype=dtype, device=weight.device)
     transposed = update is not None and update.transposed
     rows, target = (weight.T, out.T) if transposed else (weight, out)  # (out_features, in_features), views
     low_rank = None if update is None else LowRankRows(adapter, update, weight.device)
@@ -50,7 +55,11 @@ def folded(adapter: Adapter, fold: Fold, weight: Tensor, dtype: torch.dtype) -> 
         if scale != 1.0:
             exact = exact * scale
         _refuse_beyond(exact, dtype, fold, adapter)
-        target[some] = exact
+        target[slice(begin, begin + len(exact)) if rows.ndim else ...] = exact
+    if trained is not None:
+        exact = adapter.tensor(trained.name).to(weight.device) * scale
+        _refuse_beyond(exact, dtype, fold, adapter)
+        out[list(trained.ids)] = exact.to(dtype)
     return out
 
 

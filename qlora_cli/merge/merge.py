@@ -13,16 +13,18 @@ import torch
 from torch import Tensor
 
 from qlora_cli.errors import UserError
-from qlora_cli.merge.adapter_delta import Update, plan_updates, read_adapter
+from qlora_cli.merge.adapter_delta import Rows, Update, plan_updates, read_adapter
+from qlora_cli.merge.behind import Behind
 from qlora_cli.merge.companions import write_config, write_json, write_tokenizer
 from qlora_cli.merge.fold import Fold, folded
 from qlora_cli.merge.head import for_task, keys_of
 from qlora_cli.merge.partial import made_aside, refuse_inside
+from qlora_cli.merge.rows import keys_of_vocabulary, vocabulary, with_room
 from qlora_cli.merge.ties import changed_ties, keys_of_untied, scales, untied
 from qlora_cli.model.heads import needs_packed
 from qlora_cli.model.layout import Layout, Made, read_layout
 from qlora_cli.model.ordinary import ordinary
-from qlora_cli.model.safetensors_stream import INDEX, SINGLE, Entry, SafetensorsWriter, disk, read_entries
+from qlora_cli.model.safetensors_stream import INDEX, SINGLE, Entry, disk, read_entries
 from qlora_cli.quant.layers import layer_values, packed_config
 from qlora_cli.recipe.schema import Quantization
 
@@ -75,21 +77,28 @@ class _Plan:
         self.adapter = read_adapter(adapter)
         source = for_task(ordinary(base, how.compute_dtype), self.adapter, self.layout, how.made)
         self.untied = changed_ties(self.adapter, self.layout)
-        self.base = untied(source, self.untied, self.layout)
+        source = untied(source, self.untied, self.layout)
         self.scales = scales(self.untied, self.layout)
-        self.entries = self.base.checkpoint.entries()
-        shapes = {full: e.shape for name, e in self.entries.items() if (full := self.layout.parameter(name))}
+        entries = source.checkpoint.entries()
+        shapes = {full: e.shape for name, e in entries.items() if (full := self.layout.parameter(name))}
         self.quantized = frozenset(f"{module}.weight" for module in how.quantized_modules)
         _refuse_absent(self.quantized, shapes, self.layout, base)
         self.updates: dict[str, Update] = plan_updates(self.adapter, shapes, self.layout)
+        self.vocabulary = vocabulary(self.updates, shapes, self.layout, self.adapter)
+        self.base = with_room(source, self.vocabulary, self.layout)
+        self.entries = self.base.checkpoint.entries()
         packed = how.made is not None and needs_packed(how.made.config, how.made.task, how.quantization)
         self.storage: Any = packed_config(how.quantization) if packed else how.quantization  # as layer_values takes it
         self.quantize_seconds = 0.0
 
     def written(self, entry: Entry) -> Entry:
         """How a tensor of the base is written: parameters in the dtype of the merge, anything else as it is."""
-        floating = entry.dtype.is_floating_point and self.layout.parameter(entry.name) is not None
-        return replace(entry, dtype=self.how.dtype) if floating else entry
+        name = self.layout.parameter(entry.name)
+        if name is None or not entry.dtype.is_floating_point:
+            return entry
+        update = self.updates.get(name)
+        shape = (update.number, *entry.shape[1:]) if isinstance(update, Rows) else entry.shape
+        return replace(entry, dtype=self.how.dtype, shape=shape)
 
     def inputs(self) -> dict[str, Any]:
         """JSON of all that decides what is written: an unfinished merge of other inputs is not gone on with."""
@@ -137,9 +146,11 @@ def merge_adapter(
     num_bytes = sum(entry.num_bytes for entry in written)
     with made_aside(out, plan.inputs(), num_bytes) as aside:
         shards = plan.base.checkpoint.shards
-        made = [
-            _write_shard(aside / shard, base / shard, entries, plan, on_tensor) for shard, entries in shards.items()
-        ]
+        with Behind() as behind:
+            made = [
+                _write_shard(behind, (base / shard, aside / shard), entries, plan, on_tensor)
+                for shard, entries in shards.items()
+            ]
         with disk(out, num_bytes):
             _write_beside(plan, aside, num_bytes)
         seconds = time.perf_counter() - started
@@ -171,15 +182,18 @@ VALUES: dict[Base, Callable[[_Plan, str, Tensor], Tensor]] = {"dequantized": _tr
 """The base of the merge by its name on the command line."""
 
 
-def _write_shard(target: Path, source: Path, entries: list[Entry], plan: _Plan, on_tensor: OnTensor | None) -> bool:
+def _write_shard(
+    behind: Behind, paths: tuple[Path, Path], entries: list[Entry], plan: _Plan, on_tensor: OnTensor | None
+) -> bool:
     """One shard of the base to one shard of the merged model; False where an interrupted merge had left it whole.
 
-    The writer gives a file its name when it is whole and on the disk.
+    paths: the base's shard, and the merged one's.
     """
+    source, target = paths
     written = [plan.written(entry) for entry in entries]
     if target.exists() and {e.name: e for e in read_entries(target)} == {e.name: e for e in written}:
         return False
-    with SafetensorsWriter(target, written, metadata={"format": "pt"}) as writer:
+    with behind.file(target, written) as write:
         for entry in written:
             tensor = plan.base.read(source, entry.name)
             name = plan.layout.parameter(entry.name)
@@ -187,7 +201,7 @@ def _write_shard(target: Path, source: Path, entries: list[Entry], plan: _Plan, 
                 value = VALUES[plan.how.onto](plan, name, tensor.to(plan.how.device))
                 fold = Fold(name, plan.updates.get(name), plan.scales.get(name, 1.0))
                 tensor = folded(plan.adapter, fold, value, plan.how.dtype)
-            writer.write(entry.name, tensor)
+            write(entry.name, tensor)
             if on_tensor is not None:
                 on_tensor(entry.name, entry.num_bytes)
     return True
@@ -197,6 +211,7 @@ def _write_beside(plan: _Plan, folder: Path, num_bytes: int) -> None:
     """config.json, generation_config.json, the index, tokenizer and chat template."""
     base, adapter, how = plan.base.checkpoint.folder, plan.adapter.folder, plan.how
     changes = keys_of(how.made, plan.layout) | (keys_of_untied(plan.scales) if plan.untied else {})
+    changes |= keys_of_vocabulary(plan.vocabulary, plan.layout, base)
     write_config(folder, base, changes | {"dtype": str(how.dtype).removeprefix("torch.")})
     shards = plan.base.checkpoint.shards
     if SINGLE not in shards:

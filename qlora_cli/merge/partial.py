@@ -38,21 +38,26 @@ def made_aside(out: Path, inputs: Mapping[str, Any], num_bytes: int) -> Iterator
     with disk(out, num_bytes):
         aside.mkdir(parents=True, exist_ok=True)
     with _alone(aside):
-        if not (aside / INPUTS).is_file() or (aside / INPUTS).read_text() != text:
+        begun = (aside / INPUTS).is_file() and (aside / INPUTS).read_text() == text
+        if not begun:
             _empty(aside)
-            with disk(out, num_bytes):
-                replace_text(aside / INPUTS, text)
         try:
+            with disk(out, num_bytes):
+                if not begun:
+                    replace_text(aside / INPUTS, text)
             _check_room(out, aside, num_bytes)
             yield aside
         except BaseException:
             if not any(aside.glob("*.safetensors")):  # nothing whole to go on with
                 shutil.rmtree(aside, ignore_errors=True)
             raise
+        refuse_taken(out)  # by now
         with disk(out, num_bytes):
-            (aside / INPUTS).unlink()
-            sync(aside)
+            for path in (*aside.iterdir(), aside):
+                sync(path)
             aside.rename(out)  # onto nothing, or an empty folder; anything else fails
+            (out / INPUTS).unlink()  # last: without it, what a kill leaves aside would be nobody's
+            sync(out)
             sync(out.absolute().parent)
 
 
@@ -72,27 +77,36 @@ def refuse_taken(out: Path) -> None:
 def refuse_inside(out: Path, inputs: Mapping[str, Path]) -> None:
     """Refuses a place inside a folder that is read, by what that folder is: its files would not be its own any more."""
     for what, folder in inputs.items():
-        if out.resolve().is_relative_to(folder.resolve()):
+        if Path(os.path.realpath(out)).is_relative_to(folder.resolve()):  # resolve() would stumble over a loop of links
             raise UserError(out, f"is inside {what}, {folder}", "name a folder beside it")
 
 
 @contextmanager
 def _alone(aside: Path) -> Iterator[None]:
     """Owns the folder until the block ends or the process dies."""
-    descriptor = os.open(aside, os.O_RDONLY)
+    try:
+        descriptor = os.open(aside, os.O_RDONLY)
+    except FileNotFoundError:
+        raise _in_use(aside) from None
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(aside, "another process is merging there", "wait for it to end", Exit.IN_USE) from None
+            raise _in_use(aside) from None
+        if not (aside.exists() and os.path.samestat(aside.stat(), os.fstat(descriptor))):
+            raise _in_use(aside)  # who owned it has given it its name, or removed it, since it was opened
         yield
     finally:
         os.close(descriptor)
 
 
+def _in_use(aside: Path) -> UserError:
+    return UserError(aside, "another process is merging there", "wait for it to end", Exit.IN_USE)
+
+
 def _empty(aside: Path) -> None:
     """Removes the files of another merge; a folder with one of anybody else's is refused."""
-    names = [path for path in aside.iterdir() if path.name != INPUTS]
+    names = [path for path in aside.iterdir() if path.name not in (INPUTS, f".{INPUTS}.tmp")]
     if names and not (aside / INPUTS).is_file():
         raise UserError(aside, "is there and was not left by a merge", "move it away, or name another --out")
     for path in names:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from qlora_cli.merge.certificate import Manner
 from qlora_cli.model.heads import auto_class
@@ -40,4 +42,29 @@ def load_merged(folder: Path, task: str, dtype: torch.dtype, manner: Manner, dev
     """
     how: dict[str, Any] = {"dtype": dtype, "local_files_only": True}
     place: dict[str, Any] = {"": "disk" if manner == "streamed" else device}
-    return auto_class(task).from_pretrained(folder, device_map=place, **how)
+    logger = logging.getLogger("accelerate.big_modeling")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns of weights on the disk, where they are meant to be
+    try:
+        model = auto_class(task).from_pretrained(folder, device_map=place, **how)
+    finally:
+        logger.setLevel(level)
+    if manner == "streamed":
+        read_tables(model)
+    return model
+
+
+def read_tables(model: Any) -> None:
+    """Brings the embeddings of a streamed model that are not of tokens into memory.
+
+    They are small, and models look at such a table without calling it, as DeBERTa at that of its relative positions:
+    it would not be read.
+    """
+    from accelerate.hooks import remove_hook_from_module
+
+    num_tokens = model.get_input_embeddings().num_embeddings
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module.num_embeddings != num_tokens:
+            hook: Any = module._hf_hook
+            hook.pre_forward(module)
+            remove_hook_from_module(module)

@@ -11,15 +11,17 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qlora_cli.merge.adapter_delta import PREFIX, Adapter
+from qlora_cli.merge.adapter_delta import PREFIX, ROWS, Adapter
 from qlora_cli.model.layout import Layout
 from qlora_cli.model.ordinary import Ordinary
 from qlora_cli.model.safetensors_stream import Checkpoint
 
 
 def changed_ties(adapter: Adapter, layout: Layout) -> frozenset[str]:
-    """The tied modules of a group that the adapter changes a member of; none where ties can stay."""
-    touched = {module for module in layout.tied for key in adapter.shapes if key.startswith(f"{PREFIX}{module}.")}
+    """The tied modules of a group that the adapter changes a member of; none where ties can stay, as under trained rows
+    of the embedding, which all have."""
+    whole = [key for key in adapter.shapes if not key.endswith(ROWS)]
+    touched = {module for module in layout.tied for key in whole if key.startswith(f"{PREFIX}{module}.")}
     return layout.tied if touched else frozenset()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from qlora_cli.errors import Exit, UserError
+from qlora_cli.model.added_tokens import ROWS, check_tokens, token_indices, use_rows
 from qlora_cli.model.base import Base
 from qlora_cli.model.continued import CONFIG
 from qlora_cli.model.fused import fuse_adapter
@@ -60,10 +62,12 @@ def attach_adapter(base: Base, adapter: Adapter) -> Any:
         modules_to_save=[*dict.fromkeys([*adapter.modules_to_save, *base.head.modules])] or None,
         rank_pattern=adapter.rank_pattern,
         alpha_pattern=adapter.alpha_pattern,
+        trainable_token_indices=token_indices(base.model, base.added_ids),
     )
-    check_config(base.model, config)
+    check_config(base.model, config, base.added_ids)
     model = peft.get_peft_model(base.model, config)
     check_patterns(model, adapter)
+    use_rows(model, base.device)
     refuse_elsewhere(model, base)
     return fuse_adapter(in_fp32(model))
 
@@ -81,7 +85,7 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
         config = peft.PeftConfig.from_pretrained(str(folder))
         config.inference_mode = not trainable
         refuse_other_base(base.folder, folder, config.base_model_name_or_path)
-        check_config(base.model, config)
+        check_config(base.model, config, base.added_ids)
         model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable, config=config)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
@@ -96,6 +100,7 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
             f"{len(odd)} tensors do not match the base, such as {odd[0]}",
             "use the base that the adapter was trained on",
         )
+    use_rows(model, base.device)
     refuse_elsewhere(model, base)
     if trainable:
         in_fp32(model)
@@ -159,6 +164,7 @@ def write_adapter(adapter: AdapterState, folder: Path) -> None:
 
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: tensor.cpu().contiguous() for name, tensor in adapter.tensors.items()}
+    tensors |= {name: tensor.clone() for name, tensor in tensors.items() if name.endswith(ROWS)}  # some are shared
     save_file(tensors, folder / WEIGHTS, {"format": "pt"})
     adapter.owner.write(folder)
     adapter.config.save_pretrained(str(folder))
@@ -247,8 +253,12 @@ def check_patterns(model: Any, adapter: Adapter) -> None:
             raise _no_match("adapter.modules_to_save", wanted, modules)
 
 
-def check_config(model: Any, config: Any) -> None:
-    """Refuses a LoraConfig, of the recipe or of an adapter folder, that PEFT would compute wrongly on this base."""
+def check_config(model: Any, config: Any, added_ids: Sequence[int] = ()) -> None:
+    """Refuses a LoraConfig, of the recipe or of an adapter folder, that PEFT would compute wrongly on this base.
+
+    added_ids: of the tokens whose rows it has to train.
+    """
+    check_tokens(model, config, added_ids)
     targets = [] if isinstance(config.target_modules, str) else list(config.target_modules)
     refuse_tied(model, [*(config.modules_to_save or []), *targets])
     quantized = quantized_modules(model)

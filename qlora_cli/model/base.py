@@ -21,11 +21,12 @@ from qlora_cli.errors import Exit, UserError
 from qlora_cli.kernels.isolation import evaluating
 from qlora_cli.kernels.linear_cross_entropy import Tail
 from qlora_cli.kernels.output_layer import PROVEN_ON, find_tail
+from qlora_cli.model.added_tokens import ids_of, make_room
 from qlora_cli.model.checks import check_complete, check_share_quantized, check_skipped, check_start_token
 from qlora_cli.model.heads import NO_HEAD, Head, auto_class, find_head, for_task, needs_packed, set_padding, start_head
 from qlora_cli.model.layer_kernels import choose, use_layer_kernels
 from qlora_cli.model.placement import loaded_on, place, refuse_lean
-from qlora_cli.model.prequantized import merge_note, method_of, refuse_damaged, refuse_start, refuse_storage_keys
+from qlora_cli.model.prequantized import method_of, refuse_damaged, refuse_start, refuse_storage_keys
 from qlora_cli.model.source import fetch_weights, file_of, locate, read_config
 from qlora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
 from qlora_cli.quant.bitsandbytes import compute_in, disarm_cpu_repacking, faster_quantiser
@@ -78,13 +79,17 @@ class Found:
 
 @dataclass(frozen=True)
 class Base(Found):
-    """A frozen base model and what belongs to it. head: in fp32, new or of the checkpoint; an adapter trains it."""
+    """A frozen base model and what belongs to it.
+
+    head: in fp32, new or of the checkpoint; an adapter trains it. added_ids: of tokens whose rows an adapter trains.
+    """
 
     model: Any
     compute_dtype: torch.dtype
     summary: str
     note: str = ""
     head: Head = NO_HEAD
+    added_ids: tuple[int, ...] = ()
 
     @property
     def device(self) -> torch.device:
@@ -174,13 +179,13 @@ def load_base(recipe: Recipe, device: torch.device, found: Found | None = None, 
     loads_on = loaded_on(recipe, device)
     with nullcontext() if loads_on == device else quantised_on(device):
         model, head = load_model(recipe, found, dtype, loads_on, packed=packed)
-    check_vocabulary(found.tokenizer, num_embeddings(model), found.folder)
     use_layer_kernels(model, kernels)
     placed = place(model, recipe, device)
     int8_on_cpu = recipe.quantization.data_type == "int8" and device.type == "cpu"
-    note = INT8_ON_CPU if int8_on_cpu else merge_note(read_config(found.folder))
+    note = INT8_ON_CPU if int8_on_cpu else ""
     known = (found.folder, found.tokenizer, found.stop_token_ids, found.config, found.task)
-    return Base(*known, model, dtype, bytes_by_type(model) + told(head) + placed.words, note, head)
+    added = ids_of(found.tokenizer, recipe.model.added_tokens)
+    return Base(*known, model, dtype, bytes_by_type(model) + told(head) + placed.words, note, head, added)
 
 
 def told(head: Head) -> str:
@@ -193,7 +198,7 @@ def load_model(
 ) -> tuple[Any, Head]:
     """The model alone and its head: quantised while it loads, nothing trainable.
 
-    Every weight is the checkpoint's, but for a new head, which starts at training.seed.
+    Every weight is the checkpoint's, but for a new head, which starts at training.seed, and the rows of added tokens.
     """
     from qlora_cli.quant.plugin import BadWeight
 
@@ -230,14 +235,19 @@ def load_model(
         raise _unloadable(folder, error) from error
     check_skipped(model, recipe.quantization.skip_modules)  # first: of a tied head the loader tells something else
     check_complete(folder, info, head)
+    if method is not None:
+        compute_in(model, dtype)  # before the head, which is in fp32
     start_head(model, head, recipe.training.seed)
     disarm_cpu_repacking(model)
     work_round_cpu_dequantize(model)
     if method is not None:
-        compute_in(model, dtype)
         make_trainable(model)
     elif recipe.quantization.data_type != "none":
         check_share_quantized(model, [*skipped, *left_as_they_are(model, recipe.quantization)])
+    added = ids_of(found.tokenizer, recipe.model.added_tokens)
+    check_vocabulary(found.tokenizer, num_embeddings(model), folder, added)
+    if added:
+        make_room(model, added)
     model.requires_grad_(False)
     return model.eval(), head
 

@@ -14,7 +14,7 @@ import torch
 from qlora_cli.errors import UserError
 from qlora_cli.model.heads import auto_class
 from qlora_cli.model.names import renamer
-from qlora_cli.quant.data_types import QUANT_METHOD
+from qlora_cli.model.prequantized import refuse_unknown_form
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def read_layout(folder: Path, compute_dtype: torch.dtype, made: Made | None = No
 def meta_model(folder: Path, made: Made | None = None) -> Any:
     """The model of a folder with ordinary layers, on the meta device: names and shapes without memory.
 
-    Raises UserError where config.json is missing or damaged, of a checkpoint that is quantised by others, or of a class
-    that transformers does not have.
+    Raises UserError where config.json is missing or damaged, of a checkpoint that is quantised in a way that does not
+    load, or of a class that transformers does not have.
     """
     import transformers
 
@@ -93,8 +93,7 @@ def meta_model(folder: Path, made: Made | None = None) -> Any:
         cause = str(error).strip().partition("\n")[0]
         raise UserError(folder / "config.json", f"cannot be read ({cause})", "name a transformers folder") from error
     if (stored := getattr(config, "quantization_config", None)) is not None:
-        if stored.get("quant_method") != QUANT_METHOD:
-            raise UserError(folder, "this base is stored quantised", "name the folder of its 16- or 32-bit weights")
+        refuse_unknown_form({"quantization_config": stored}, folder)
         del config.quantization_config
     if made is not None:
         config = copy.deepcopy(made.config)

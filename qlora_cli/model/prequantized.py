@@ -1,4 +1,4 @@
-"""Bases that are stored quantised: which kinds load, what they need, and what cannot be done with them any more."""
+"""Bases that are stored quantised: which kinds load, what they need, and what cannot be done with them."""
 
 from __future__ import annotations
 
@@ -17,26 +17,22 @@ from qlora_cli.recipe.schema import Adapter, Quantization
 
 @dataclass(frozen=True)
 class Method:
-    """A way of storing weights quantised. needs: package to the least version; merges: whether `qlora merge` can."""
+    """A way of storing weights quantised. needs: package to the least version that loads it."""
 
     needs: tuple[tuple[str, str], ...] = ()
     extra: str = ""  # of ours, which installs what is needed
-    merges: bool = False
 
 
 GPTQMODEL = (("gptqmodel", "7.0.0"), ("optimum", "1.24.0"))
 """What transformers and PEFT load GPTQ and AWQ layers with; the versions are PEFT 0.21's."""
 
 METHODS = {
-    QUANT_METHOD: Method(merges=True),
+    QUANT_METHOD: Method(),
     "gptq": Method(GPTQMODEL, extra="gptq"),
     "awq": Method(GPTQMODEL, extra="gptq"),
     "bitsandbytes": Method(),
 }
 """Values of quantization_config.quant_method in config.json that load."""
-
-UNMERGED = "use the adapter unmerged, or train on the full-precision checkpoint"
-"""What to do with a base that does not merge."""
 
 RECORD = "start.json"
 """What a base that we stored was made of, and the errors of its layers."""
@@ -55,16 +51,10 @@ def method_of(config: dict[str, Any]) -> str | None:
 
 def refuse_unknown_method(config: dict[str, Any], folder: Path) -> None:
     """Refuses a checkpoint that is quantised in a way that does not load, or not without a package that is absent."""
+    refuse_unknown_form(config, folder)
     method = method_of(config)
     if method is None:
         return
-    odd = _odd_bitsandbytes(config["quantization_config"]) if method == "bitsandbytes" else ""
-    if method not in METHODS or odd:
-        raise UserError(
-            folder / "config.json",
-            f"the checkpoint is already quantised ({odd or method}), which is not available yet",
-            "start from the full-precision checkpoint",
-        )
     for package, least in METHODS[method].needs:
         if reason := _fault_of_package(package, least):
             raise UserError(
@@ -73,6 +63,18 @@ def refuse_unknown_method(config: dict[str, Any], folder: Path) -> None:
                 f"run `pip install 'qlora[{METHODS[method].extra}]'`",
                 Exit.ENVIRONMENT,
             )
+
+
+def refuse_unknown_form(config: dict[str, Any], folder: Path) -> None:
+    """Refuses a checkpoint that is quantised in a way that does not load, whatever is installed."""
+    method = method_of(config)
+    odd = _odd_bitsandbytes(config["quantization_config"]) if method == "bitsandbytes" else ""
+    if method is not None and (method not in METHODS or odd):
+        raise UserError(
+            folder / "config.json",
+            f"the checkpoint is already quantised ({odd or method}), which is not available yet",
+            "start from the full-precision checkpoint",
+        )
 
 
 def _odd_bitsandbytes(config: dict[str, Any]) -> str:
@@ -113,21 +115,3 @@ def refuse_start(adapter: Adapter, config: dict[str, Any], folder: Path) -> None
     if method not in (None, QUANT_METHOD) and adapter.init not in ("default", "gaussian"):
         what = f"{adapter.init} needs the unquantised weights, and {folder} is stored quantised ({method})"
         raise UserError("adapter.init", what, "delete the key, or start from the full-precision checkpoint")
-
-
-def merge_note(config: dict[str, Any]) -> str:
-    """What training on a base that does not merge has to tell; "" where it does."""
-    return f"{reason}: {UNMERGED}" if (reason := _merge_fault(config)) else ""
-
-
-def refuse_merge(config: dict[str, Any], folder: Path) -> None:
-    """Refuses to merge what `merge_note` tells of."""
-    if reason := _merge_fault(config):
-        raise UserError(folder, reason, UNMERGED)
-
-
-def _merge_fault(config: dict[str, Any]) -> str:
-    method = method_of(config)
-    if method is None or METHODS[method].merges:
-        return ""
-    return f"a base that is stored quantised ({method}) cannot be merged with its adapter"

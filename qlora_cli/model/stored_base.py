@@ -137,7 +137,9 @@ def companions(folder: Path) -> list[Path]:
 def made_of(recipe: Recipe) -> dict[str, Any]:
     """The part of a recipe that says what is stored, as JSON."""
     quantization = recipe.quantization.model_dump(exclude={"compute_dtype", "outlier_threshold"})
+    added = {"added_tokens": recipe.model.added_tokens} if recipe.model.added_tokens else {}
     return {
+        **added,
         "model": recipe.model.name_or_path,
         "revision": recipe.model.revision,
         "quantization": quantization,

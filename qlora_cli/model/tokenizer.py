@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,10 @@ SENTENCEPIECE = ("spm.model", "spiece.model", "sentencepiece.bpe.model", "tokeni
 
 
 def load_tokenizer(folder: Path, model: Model) -> Any:
-    """The tokenizer in `folder`. Raises UserError where there is none, or where text is to be learned and none ends."""
+    """The tokenizer in `folder`, with model.added_tokens behind its own.
+
+    Raises UserError where there is none, where text is to be learned and none ends, and for a token that it has.
+    """
     from transformers import AutoTokenizer
 
     try:
@@ -35,7 +39,22 @@ def load_tokenizer(folder: Path, model: Model) -> Any:
             "the tokenizer has no eos_token, so the model could never learn to stop",
             "set eos_token",
         )
+    add_tokens(tokenizer, model.added_tokens)
     return tokenizer
+
+
+def add_tokens(tokenizer: Any, tokens: Sequence[str]) -> None:
+    """Adds tokens in their order, found in text as they are written, and shown in decoded text.
+
+    Raises UserError for one that the tokenizer has already.
+    """
+    from transformers import AddedToken
+
+    known = tokenizer.get_vocab()
+    if found := next((token for token in tokens if token in known), None):
+        what = f"{found!r} is in the tokenizer already, with id {known[found]}"
+        raise UserError("model.added_tokens", what, "leave it out: it has a row that training can use")
+    tokenizer.add_tokens([AddedToken(token, normalized=False, special=False) for token in tokens])
 
 
 def _refuse_empty(tokenizer: Any, folder: Path) -> None:
@@ -83,12 +102,12 @@ def stop_token_ids(folder: Path, tokenizer: Any) -> frozenset[int]:
     return frozenset([tokenizer.eos_token_id, *listed]) - {None}
 
 
-def check_vocabulary(tokenizer: Any, embedding_rows: int, folder: Path) -> None:
-    """Refuses a tokenizer whose ids go beyond the embedding: they would index past its end."""
-    largest = max(tokenizer.get_vocab().values())
+def check_vocabulary(tokenizer: Any, embedding_rows: int, folder: Path, added: Collection[int] = ()) -> None:
+    """Refuses a tokenizer whose ids, other than added ones, go beyond the embedding: they would index past its end."""
+    largest = max(index for index in tokenizer.get_vocab().values() if index not in added)
     if largest >= embedding_rows:
         raise UserError(
             folder,
             f"the tokenizer's largest id is {largest}, the embedding has {embedding_rows} rows",
-            "use the tokenizer that belongs to this model (added tokens are not available yet)",
+            "use the tokenizer that belongs to this model; tokens of your own go to model.added_tokens",
         )

@@ -54,13 +54,15 @@ def meta_model(recipe: Recipe, config: Any, kind: str, tokenizer: Any = None) ->
     text = config.get_text_config()
     if text.pad_token_id is None:  # which loading takes from the tokenizer; any will do here
         text.pad_token_id = text.vocab_size - 1
+    added = tuple(range(text.vocab_size, text.vocab_size + len(recipe.model.added_tokens)))
+    text.vocab_size += len(added)  # at most: the embedding may have room for them
     model, head = _bare_model(recipe, config, dtype, kind)
     model.requires_grad_(False)
     placed = place(model, recipe, torch.device("meta")) if kind == "cuda" else Placed()
     use_layer_kernels(model, choose(recipe.training, torch.device("meta")))
     tokenizer = tokenizer or SimpleNamespace(model_input_names=("input_ids", "token_type_ids", "attention_mask"))
     known = (Path(recipe.model.name_or_path), tokenizer, frozenset[int](), config, recipe.model.task)
-    base = Base(*known, model.eval(), dtype, "", head=head)
+    base = Base(*known, model.eval(), dtype, "", head=head, added_ids=added)
     _ = base.tail  # read here, where it shows that nothing can be proven
     with torch.device("meta"):
         wrapped = attach_adapter(base, as_continued(recipe.adapter))

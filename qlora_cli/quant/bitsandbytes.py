@@ -51,13 +51,23 @@ def bitsandbytes_config(quantization: Quantization, compute_dtype: torch.dtype) 
     )
 
 
-def compute_in(model: nn.Module, dtype: torch.dtype) -> None:
-    """Lets the 4-bit layers of a checkpoint that was stored with them multiply in `dtype`, not in what it names."""
+def compute_in(model: Any, dtype: torch.dtype) -> None:
+    """Lets a checkpoint that was stored with 4-bit layers compute in `dtype`, not in what it was stored from.
+
+    Of such a checkpoint transformers leaves all other weights in the type of the file, whatever it is told (5.23: its
+    converter of 4-bit layers takes every name that ends in `weight`, and casts nothing), and bitsandbytes dequantises
+    to the type that was quantised. Nothing happens to a model without such layers.
+    """
     import bitsandbytes as bnb
 
-    for module in model.modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            module.compute_dtype = dtype
+    layers = [module for module in model.modules() if isinstance(module, bnb.nn.Linear4bit)]
+    for layer in layers:
+        layer.compute_dtype = dtype
+        layer.weight.quant_state.dtype = dtype
+    kept = tuple(model._get_dtype_plan(dtype))  # parts of the names of what a class keeps in float32
+    for name, parameter in model.named_parameters() if layers else ():
+        if parameter.is_floating_point() and not any(part in name for part in kept):
+            parameter.data = parameter.data.to(dtype)
 
 
 @contextmanager

@@ -129,6 +129,16 @@ def lean_streams_what_we_read(recipe: Recipe) -> Iterator[Problem]:
         yield Problem(("training", "memory"), what, todo)
 
 
+def an_added_token_has_a_row_to_train(recipe: Recipe) -> Iterator[Problem]:
+    """`model.added_tokens` names each token once, and needs `quantization.embeddings: none`: their rows are trained."""
+    tokens, place = recipe.model.added_tokens, ("model", "added_tokens")
+    if twice := next((token for token in tokens if tokens.count(token) > 1), None):
+        yield Problem(place, f"{show(twice)} is named twice", "Name each token once")
+    if tokens and recipe.quantization.embeddings != "none":
+        what = f"`added_tokens` with `embeddings: {recipe.quantization.embeddings}`, and their rows are trained"
+        yield Problem(place, what, "Set `quantization.embeddings: none`")
+
+
 def dora_cannot_read_int8(recipe: Recipe) -> Iterator[Problem]:
     """`adapter.use_dora` is not for `data_type: int8`: PEFT loses the row scales after the first forward pass."""
     if recipe.adapter.use_dora and recipe.quantization.data_type == "int8":
@@ -264,6 +274,7 @@ RULES: tuple[Rule, ...] = (
     nothing_is_skipped_where_nothing_is_quantised,
     outliers_need_int8,
     a_continued_adapter_keeps_its_shape,
+    an_added_token_has_a_row_to_train,
     dora_cannot_read_int8,
     lean_streams_what_we_read,
     loftq_settings_need_loftq,

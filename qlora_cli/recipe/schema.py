@@ -67,7 +67,9 @@ class Model(Section):
         "classes of sequence_classification whose rows hold ids from 0, without names; 1: a number is predicted",
         ge=1,
     )
-    added_tokens: list[Text] = key(list, "tokens to add to the tokenizer and the embedding", live=([],))
+    added_tokens: list[Text] = key(
+        list, "tokens to add to the tokenizer; their rows of the embedding, and of the head, are trained in full"
+    )
 
 
 class Quantization(Section):

@@ -6,13 +6,16 @@ import hashlib
 import platform
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from qlora_cli import __version__
+from qlora_cli.data.readers import DataFile
 from qlora_cli.data.store import part_to_json
 from qlora_cli.model.base import Base
+from qlora_cli.model.whole_folder import sha256
 from qlora_cli.quant.layers import quantized_modules
 from qlora_cli.recipe import Recipe
 from qlora_cli.train.feed import Feed
@@ -41,6 +44,7 @@ def run_facts(recipe: Recipe, base: Base, base_fingerprint: str, feed: Feed, tod
             "rows": len(feed.examples.rows),
             "trained_tokens": feed.examples.num_trained,
             "parts": [part_to_json(part) for part in feed.examples.parts],
+            "files": {part.path: sha256(Path(part.path)) for part in feed.examples.parts if isinstance(part, DataFile)},
             "split": {"eval_fraction": recipe.data.eval_fraction, "seed": recipe.training.seed},
         },
         "fingerprints": {

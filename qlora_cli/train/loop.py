@@ -24,6 +24,7 @@ from qlora_cli.recipe import Recipe
 from qlora_cli.tasks.causal_lm import collate_packed
 from qlora_cli.tasks.table import AnyBatch, batches
 from qlora_cli.train.best import Best, judged, keep_best, prune_best, publish_best
+from qlora_cli.train.card import refresh
 from qlora_cli.train.checkpoint import Progress, snapshot, write_checkpoint
 from qlora_cli.train.optimizers import never_waiting, set_learning_rate
 from qlora_cli.train.publish import owner_of, publish_adapter
@@ -115,10 +116,11 @@ def publish_result(session: Session) -> None:
     run, best = session.run, session.best
     if best is None:
         publish_adapter(run.adapter, session.model, session.base, session.recipe, session.step)
-        return
-    early = f", stopped early at step {session.step}" if session.step < session.total_steps else ""
-    session.report.say(f"best     {best.metric} {best.value:.4g} at step {best.step}{early}")
-    publish_best(run.adapter, run.best, best)
+    else:
+        early = f", stopped early at step {session.step}" if session.step < session.total_steps else ""
+        session.report.say(f"best     {best.metric} {best.value:.4g} at step {best.step}{early}")
+        publish_best(run.adapter, run.best, best)
+    refresh(run.adapter, run, session.recipe)
 
 
 def out_of_memory(session: Session, error: RuntimeError) -> UserError:

@@ -17,6 +17,7 @@ from qlora_cli.model.whole_folder import publish
 from qlora_cli.quant.layers import is_packed
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.schema import Quantization
+from qlora_cli.train.card import with_place
 
 CARD = """---
 base_model: {base}
@@ -78,7 +79,7 @@ def publish_adapter(folder: Path, model: Any, base: Base, recipe: Recipe, steps:
         save_adapter(model, place, owner_of(recipe, base))
         base.tokenizer.chat_template = trained_template(recipe, base)
         base.tokenizer.save_pretrained(place)
-        (place / "README.md").write_text(card(recipe, base, steps))
+        (place / "README.md").write_text(with_place(card(recipe, base, steps)))
 
     return publish(folder, write)
 

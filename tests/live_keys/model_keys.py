@@ -23,6 +23,17 @@ UNIFORM = {"quantization.data_type": "int4"}
 FRESH = {"adapter.r": 16, "adapter.alpha": 32}  # the defaults, beside which `from` is legal
 
 
+def added_rows(bench: Bench, recipe: Recipe) -> list[int]:
+    """The ids of the tokens whose rows are trained, in the embedding and in the head alike."""
+    model = bench.prepared(recipe).base.model
+    rows = [
+        getattr(one, "token_adapter", None) for one in (model.get_input_embeddings(), model.get_output_embeddings())
+    ]
+    first, second = ([] if one is None else [*one.token_indices["default"]] for one in rows)
+    assert first == second
+    return first
+
+
 def layer(bench: Bench, recipe: Recipe, name: str = "q_proj") -> Any:
     """The adapted projection of the first layer."""
     return getattr(bench.prepared(recipe).base.model.model.layers[0].self_attn, name)
@@ -209,6 +220,7 @@ MODEL = [
         becomes(("someone/model", None, False), ("someone/model", "v2", False)),
         HUB,
     ),
+    Live("model.added_tokens", ["<think>", "na"], added_rows, becomes([], [259, 260])),
     Live("model.attn_implementation", "eager", config("_attn_implementation"), becomes("sdpa", "eager")),
     Live(
         "model.trust_remote_code",

@@ -105,7 +105,6 @@ def test_damaged_weights_are_named(copied):
         ({"use_qalora": True}, "merging with use_qalora: True"),
         ({"alora_invocation_tokens": [1]}, "merging with alora_invocation_tokens"),
         ({"layer_replication": [[0, 2]]}, "merging with layer_replication"),
-        ({"trainable_token_indices": [3]}, "merging with trainable_token_indices"),
         ({"a_variant_of_tomorrow": {"x": 1}}, "merging with a_variant_of_tomorrow"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changed the base"),
         ({"init_lora_weights": "loftq"}, "init_lora_weights: 'loftq' changed the base"),

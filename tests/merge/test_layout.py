@@ -50,9 +50,16 @@ def test_a_missing_or_damaged_config_is_named(base):
         read_layout(base, torch.float32)
 
 
-def test_a_base_stored_quantised_is_refused(base):
+def test_a_base_stored_quantised_has_the_layout_of_ordinary_weights(base):
+    wanted = read_layout(base, torch.float32)
     edit(base, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
-    with pytest.raises(UserError, match="this base is stored quantised"):
+    assert read_layout(base, torch.float32).parameters == wanted.parameters
+
+
+@pytest.mark.parametrize("stored", [{"quant_method": "hqq"}, {"quant_method": "bitsandbytes", "load_in_8bit": True}])
+def test_a_base_stored_in_a_form_that_does_not_load_is_refused(base, stored):
+    edit(base, quantization_config=stored)
+    with pytest.raises(UserError, match=r"the checkpoint is already quantised \((hqq|bitsandbytes, 8 bits)\)"):
         read_layout(base, torch.float32)
 
 

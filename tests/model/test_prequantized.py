@@ -11,7 +11,6 @@ import torch
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.model.base import find_base, fingerprint
-from qlora_cli.model.prequantized import merge_note
 from qlora_cli.quant.layers import quantized_modules
 from tests.stored_bases import (
     AWQ,
@@ -21,6 +20,7 @@ from tests.stored_bases import (
     needs_package,
     package_is_there,
     say_stored,
+    store_by_bitsandbytes,
     trained,
     write_stored,
 )
@@ -30,21 +30,8 @@ from tests.tiny import write_tiny_model
 @pytest.fixture(scope="module")
 def stored_by_bitsandbytes(tmp_path_factory) -> Path:
     """The tiny model saved by transformers in bitsandbytes' nf4, which is to multiply in bfloat16."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
     plain = write_tiny_model(tmp_path_factory.mktemp("nf4") / "plain")
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        plain, quantization_config=config, dtype=torch.float32, device_map={"": "cpu"}
-    )
-    folder = write_tiny_model(plain.with_name("stored"))
-    model.save_pretrained(folder)
-    return folder
+    return store_by_bitsandbytes(plain, plain.with_name("stored"))
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])
@@ -118,6 +105,20 @@ def test_a_bitsandbytes_checkpoint_is_the_base_that_quantising_gives(make_recipe
     assert {layer.compute_dtype for layer in layers} == {torch.float32}, "the recipe's, not the checkpoint's"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_checkpoint_stored_from_another_type_computes_in_the_recipes(dtype, make_recipe, tmp_path):
+    folder = store_by_bitsandbytes(write_tiny_model(tmp_path / "plain"), tmp_path / "stored", dtype=torch.float16)
+    base, wanted = loaded(make_recipe, folder, compute_dtype=dtype), getattr(torch, dtype)
+    states = [layer.weight.quant_state for layer in quantized_modules(base.model).values()]
+    assert {state.dtype for state in states} == {wanted}
+    assert {one.dtype for one in base.model.parameters() if one.is_floating_point()} == {wanted}
+    seen: list[torch.dtype] = []
+    base.model.model.norm.register_forward_hook(lambda _module, _inputs, output: seen.append(output.dtype))
+    with base.compute():
+        base.model(TOKENS)
+    assert seen == [wanted]
+
+
 @pytest.mark.parametrize(
     ("section", "said"),
     [
@@ -132,54 +133,23 @@ def test_what_a_stored_base_cannot_follow_is_refused(section, said, make_recipe,
         find_base(make_recipe(model={"name_or_path": str(stored_by_bitsandbytes)}, **section))
 
 
-def write_recipe(path: Path, base: Path, rows: Path, method: str) -> Path:
-    """A run of two steps."""
-    text = f"""
-model: {{name_or_path: {base}}}
-quantization: {{compute_dtype: float32}}
-adapter: {{r: 4, alpha: 8}}
-data: {{train: [{{path: {rows}}}], max_length: 256}}
-training: {{max_steps: 2, micro_batch_size: 2, gradient_accumulation_steps: 1, optimizer: adamw, logging_steps: 1}}
-output_dir: {path.parent / method}
-"""
-    path.write_text(text)
-    return path
-
-
-def check_trains_but_does_not_merge(qlora, recipe: Path, run: Path, method: str) -> None:
-    ended = qlora("train", recipe)
-    assert ended.code == Exit.DONE, ended.err
-    said = f"a base that is stored quantised ({method}) cannot be merged with its adapter"
-    lines = ended.err.splitlines()
-    note = next(index for index, line in enumerate(lines) if said in line)
-    assert note < next(index for index, line in enumerate(lines) if line.startswith("step ")), "told before training"
-    ended = qlora("merge", run)
-    assert ended.code == Exit.USAGE
-    assert said in ended.err
-    assert not (run / "merged").exists()
-
-
-def test_a_bitsandbytes_checkpoint_trains_and_says_first_that_it_does_not_merge(
-    qlora, rows_file, stored_by_bitsandbytes, tmp_path
-):
-    recipe = write_recipe(tmp_path / "recipe.yaml", stored_by_bitsandbytes, rows_file, "bitsandbytes")
-    check_trains_but_does_not_merge(qlora, recipe, tmp_path / "bitsandbytes", "bitsandbytes")
-
-
-def test_only_stored_bases_of_others_have_a_note():
-    assert merge_note({}) == ""
-    assert merge_note({"quantization_config": {"quant_method": "qlora_packed"}}) == ""
-    assert "use the adapter unmerged" in merge_note({"quantization_config": {"quant_method": "awq"}})
-
-
 @needs_package
 @pytest.mark.parametrize(("method", "stored"), [("gptq", GPTQ), ("awq", AWQ)])
-def test_a_stored_base_trains_and_says_first_that_it_does_not_merge(
-    method, stored, qlora, rows_file, heldout_file, tmp_path
-):
+def test_a_stored_base_trains_and_is_evaluated(method, stored, qlora, rows_file, heldout_file, tmp_path):
     folder, _ = write_stored(tmp_path, method, stored)
-    recipe = write_recipe(tmp_path / "recipe.yaml", folder, rows_file, "run")
-    check_trains_but_does_not_merge(qlora, recipe, tmp_path / "run", method)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"""
+model: {{name_or_path: {folder}}}
+quantization: {{compute_dtype: float32}}
+adapter: {{r: 4, alpha: 8}}
+data: {{train: [{{path: {rows_file}}}], max_length: 256}}
+training: {{max_steps: 2, micro_batch_size: 2, gradient_accumulation_steps: 1, optimizer: adamw, logging_steps: 1}}
+output_dir: {tmp_path / "run"}
+"""
+    )
+    ended = qlora("train", recipe)
+    assert ended.code == Exit.DONE, ended.err
     ended = qlora("eval", tmp_path / "run", "--json", "--set", f"data.eval=[{{path: {heldout_file}}}]")
     assert ended.code == Exit.DONE, ended.err
     assert json.loads(ended.out), "and nothing of the package on stdout"

@@ -48,9 +48,9 @@ def test_a_minimal_recipe_has_the_schema_defaults(recipe_file: Path):
 def test_all_problems_come_at_once_in_the_order_of_the_file(recipe_file: Path):
     text = """\
 model:
-  added_tokens: [x]
+  revision: ""
 load_in_4bit: true
-training: {epochs: three, learning_rate: -1}
+training: {epochs: three, learning_rate: -1, neftune_noise_alpha: 5}
 adapter:
   r: 1.0
 data:
@@ -60,10 +60,11 @@ data:
     assert complaints(recipe_file, text=text).splitlines() == [
         "1:1: `model.name_or_path` is missing. Add `name_or_path` to `model`: "
         "the base model: a hub id or a folder (text).",
-        "2:17: `model.added_tokens: ['x']` is not available yet. Leave it out: only [] works today.",
+        "2:13: `model.revision` is ''. Give text or null, not an empty one.",
         "3:1: unknown key `load_in_4bit: true`. Here it is `quantization.data_type: nf4`.",
         "4:20: `training.epochs` is 'three'. Give a number, above 0.",
         "4:42: `training.learning_rate` is -1. Give a number, above 0.",
+        "4:67: `training.neftune_noise_alpha: 5` is not available yet. Leave it out: only null works today.",
         "6:6: `adapter.r` is 1.0. Give a whole number, at least 1.",
         "9:7: `data.train[0].path` is missing. Add `path` to `data.train[0]`: "
         "a file (json, jsonl, csv, tsv, txt, each also as gz or zst; parquet, arrow), a folder, a pattern or a hub id "
@@ -182,7 +183,7 @@ def test_the_default_and_auto_are_always_legal(recipe_file: Path, override: str)
     ("override", "words"),
     [
         ("quantization.compute_dtype=float16", "is not available yet. Use auto, bfloat16 or float32."),
-        ("model.added_tokens=[x]", "`model.added_tokens: ['x']` is not available yet. Leave it out: only [] works"),
+        ("training.neftune_noise_alpha=5", "alpha: 5` is not available yet. Leave it out: only null works"),
     ],
 )
 def test_a_later_feature_names_what_works_today(recipe_file: Path, override: str, words: str):

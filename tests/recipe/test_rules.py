@@ -15,6 +15,12 @@ from qlora_cli.recipe.problems import Problem
 from qlora_cli.recipe.rules import RULES, broken_rules
 
 BROKEN = [
+    ("model: {added_tokens: ['<a>', '<b>', '<a>']}", "model.added_tokens", "'<a>' is named twice"),
+    (
+        "{model: {added_tokens: ['<a>']}, quantization: {embeddings: nf4}}",
+        "model.added_tokens",
+        "`added_tokens` with `embeddings: nf4`, and their rows are trained",
+    ),
     (
         "training: {layer_kernels: liger, torch_compile: true}",
         "training.layer_kernels",
@@ -396,6 +402,7 @@ BROKEN = [
 ]
 
 SOUND = [
+    "model: {added_tokens: ['<a>', '<b>']}",
     "quantization: {data_type: none, embeddings: nf4, block_size: 128, double_quant: false}",
     "quantization: {embeddings: int4, zero_point: true}",
     "quantization: {data_type: int4, zero_point: true, clip: 2sigma}",
