@@ -29,7 +29,7 @@ def print_merge(result: dict[str, Any]) -> None:
 
 def head(one: dict[str, Any]) -> str:
     """The folder and how it was made, in a line."""
-    quantizing = f", {one['quantize_seconds']:.1f} s of them quantising" if one["quantize_seconds"] else ""
+    quantizing = f", {one['quantize_seconds']:.1f} s of them quantising" if one["quantize_seconds"] >= 0.05 else ""
     base = one["base"] if one["base"] == "merged" else f"onto the {one['base']} base"
     what = one["out"] or f"kept aside at {one['kept']}"
     return f"merged   {what}  ({one['dtype']}, {base}, {one['seconds']:.1f} s{quantizing})"

@@ -25,7 +25,7 @@ step "evaluate: held-out data, before and after" \
 
 if [[ ! -e $run/merged/merge.json ]]; then
   step "merge: the adapter into the weights" \
-    "The trained adapter is safe. Remove what is half written, rm -rf $run/merged, and run the same command again."
+    "The trained adapter is safe. Run the same command again: it goes on with what is whole."
   "$VENV/bin/qlora" merge "$run"
 fi
 

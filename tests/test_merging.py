@@ -73,7 +73,7 @@ def wrong_scale(patch: pytest.MonkeyPatch) -> None:
 def a_module_left_out(patch: pytest.MonkeyPatch) -> None:
     real = merge.folded
 
-    def folded(adapter: Any, one: fold.Fold, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def folded(adapter: Any, one: fold.Fold, weight: torch.Tensor, dtype: torch.dtype) -> Any:
         left_out = one.name == "model.layers.0.mlp.down_proj.weight"
         return real(adapter, replace(one, update=None) if left_out else one, weight, dtype)
 

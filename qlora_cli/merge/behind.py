@@ -14,7 +14,7 @@ from torch import Tensor
 from qlora_cli.model.safetensors_stream import Entry, SafetensorsWriter
 
 Write = Callable[[str, Tensor], None]
-"""Hands on one tensor of a file by its name."""
+"""Hands on one tensor of a file by its name, or the next rows of it."""
 
 Item = tuple[str, Tensor] | BaseException | None
 """What the thread is handed: a tensor and its name, why the file is given up, or that it is whole."""
@@ -23,7 +23,7 @@ Item = tuple[str, Tensor] | BaseException | None
 class Behind:
     """One file after the other. A context: leaving it waits for all, and raises the error of one that failed.
 
-    Memory holds one tensor that waits and one that is written, beside the one that is computed.
+    Memory holds what waits and what is written, beside what is computed: some rows of a tensor each.
     """
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class Behind:
     def file(self, path: Path, entries: Sequence[Entry]) -> Iterator[Write]:
         """A safetensors file that gets its name once it is whole and on the disk; not where the block fails."""
         self._raise_failed()
-        waiting: Queue[Item] = Queue(1)
+        waiting: Queue[Item] = Queue(4)
         writing = self.thread.submit(_write, path, entries, waiting)
         self.files.append(writing)
 

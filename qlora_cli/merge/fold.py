@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,43 +25,63 @@ class Fold:
     scale: float = 1.0
 
 
-def folded(adapter: Adapter, fold: Fold, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A base tensor after the fold, in dtype and in its stored orientation.
+def folded(adapter: Adapter, fold: Fold, weight: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """A base tensor after the fold, in dtype and in its stored orientation: some rows of it after the other.
 
     weight: the base's value in any floating dtype, which stays as it is. The arithmetic is PEFT's in float32:
     W + (B @ A) * scaling; with DoRA each row of that is brought to its magnitude. Trained rows replace the weight's, or
-    come behind its last.
-    Raises UserError (exit code FAILED) where a value is not finite in dtype.
+    come behind its last. Raises UserError (exit code FAILED) where a value is not finite in dtype.
     """
-    update, scale = fold.update, fold.scale
+    if not weight.ndim:
+        yield from (piece.reshape(()) for piece in folded(adapter, fold, weight.reshape(1), dtype))
+        return
+    update = fold.update
     if isinstance(update, Replacement):
-        weight, update = adapter.tensor(update.name).to(weight.device), None
-    trained = update if isinstance(update, Rows) else None
-    update = None if isinstance(update, Rows) else update
-    if trained is None and update is None and scale == 1.0 and weight.dtype == dtype:
+        weight = adapter.tensor(update.name).to(weight.device)
+    low_rank = LowRankRows(adapter, update, weight.device) if isinstance(update, LowRank) else None
+    trained = TrainedRows(adapter, update, weight.device) if isinstance(update, Rows) else None
+    if low_rank is None and trained is None and fold.scale == 1.0 and weight.dtype == dtype:
         _refuse_beyond(weight, dtype, fold, adapter)
-        return weight
-    shape = weight.shape if trained is None else (trained.number, *weight.shape[1:])
-    out = torch.empty(shape, dtype=dtype, device=weight.device)
-    transposed = update is not None and update.transposed
-    rows, target = (weight.T, out.T) if transposed else (weight, out)  # (out_features, in_features), views
-    low_rank = None if update is None else LowRankRows(adapter, update, weight.device)
-    per_row = max(1, rows[0].numel()) if rows.ndim > 1 and len(rows) else 1
-    step = max(1, PORTION // per_row)
-    for begin in range(0, len(rows) if rows.ndim else 1, step):
-        some = slice(begin, begin + step) if rows.ndim else ...
-        exact = rows[some].float()
-        if low_rank is not None:
-            exact = low_rank.added(exact, slice(begin, begin + step))
-        if scale != 1.0:
-            exact = exact * scale
-        _refuse_beyond(exact, dtype, fold, adapter)
-        target[slice(begin, begin + len(exact)) if rows.ndim else ...] = exact
-    if trained is not None:
-        exact = adapter.tensor(trained.name).to(weight.device) * scale
-        _refuse_beyond(exact, dtype, fold, adapter)
-        out[list(trained.ids)] = exact.to(dtype)
-    return out
+        yield weight
+        return
+    transposed = isinstance(update, LowRank) and update.transposed  # no rows of a file, so all of them at once
+    rows = weight.T if transposed else weight  # (out_features, in_features), a view
+    number = trained.number if trained else len(rows)
+    step = max(1, PORTION // max(1, rows[:1].numel()))
+    for first in range(0, number, max(1, number) if transposed else 8 * step):
+        last = number if transposed else min(first + 8 * step, number)
+        piece = torch.empty(
+            weight.shape if transposed else (last - first, *rows.shape[1:]), dtype=dtype, device=weight.device
+        )
+        target = piece.T if transposed else piece
+        for begin in range(first, min(last, len(rows)), step):
+            end = min(begin + step, last, len(rows))
+            exact = rows[begin:end].float()
+            if low_rank is not None:
+                exact = low_rank.added(exact, slice(begin, end))
+            if fold.scale != 1.0:
+                exact = exact * fold.scale
+            _refuse_beyond(exact, dtype, fold, adapter)
+            target[begin - first : end - first] = exact
+        if trained is not None:
+            trained.put(piece, first, fold, adapter)
+        yield piece
+
+
+class TrainedRows:
+    """Rows that were trained in full, in float32 on a device."""
+
+    def __init__(self, adapter: Adapter, update: Rows, device: torch.device):
+        self.values, self.number = adapter.tensor(update.name).to(device), update.number
+        self.at = {row: index for index, row in enumerate(update.ids)}
+
+    def put(self, piece: Tensor, first: int, fold: Fold, adapter: Adapter) -> None:
+        """Replaces those of a piece's rows that were trained; first: the number of its first row."""
+        for row in range(first, first + len(piece)):
+            if row in self.at:
+                exact = self.values[self.at[row]] * fold.scale
+                _refuse_beyond(exact, piece.dtype, fold, adapter)
+                piece[row - first] = exact
 
 
 class LowRankRows:

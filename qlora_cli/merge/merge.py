@@ -200,8 +200,10 @@ def _write_shard(
             if name is not None and tensor.is_floating_point():
                 value = VALUES[plan.how.onto](plan, name, tensor.to(plan.how.device))
                 fold = Fold(name, plan.updates.get(name), plan.scales.get(name, 1.0))
-                tensor = folded(plan.adapter, fold, value, plan.how.dtype)
-            write(entry.name, tensor)
+                for rows in folded(plan.adapter, fold, value, plan.how.dtype):
+                    write(entry.name, rows)
+            else:
+                write(entry.name, tensor)
             if on_tensor is not None:
                 on_tensor(entry.name, entry.num_bytes)
     return True

@@ -96,7 +96,7 @@ def merge_onto(
 
 def told(merged: Merged, onto: str, verified: bool) -> str:
     """What a merge did, in a line."""
-    quantizing = f", {merged.quantize_seconds:.1f} s of them quantising" if merged.quantize_seconds else ""
+    quantizing = f", {merged.quantize_seconds:.1f} s of them quantising" if merged.quantize_seconds >= 0.05 else ""
     resumed = f"; {merged.resumed} file{' was' if merged.resumed == 1 else 's were'} there already"
     changed = f"{merged.num_changed} of {merged.num_tensors} tensors"
     end = f"{resumed if merged.resumed else ''}{'; comparing' if verified else ''}"

@@ -154,11 +154,11 @@ class SafetensorsWriter:
         # Wide dtypes first, as the library writes: readers view the mapped bytes, which have to be aligned.
         ordered = sorted(entries, key=lambda entry: (-entry.dtype.itemsize, entry.name))
         header: dict[str, object] = {"__metadata__": metadata} if metadata else {}
-        self.pending: dict[str, tuple[Entry, int]] = {}
+        self.pending: dict[str, tuple[Entry, int, int]] = {}  # where its next byte goes, and how many are left
         offset = 0
         for entry in ordered:
             assert entry.name not in self.pending, f"{entry.name} twice"
-            self.pending[entry.name] = (entry, offset)
+            self.pending[entry.name] = (entry, offset, entry.num_bytes)
             end = offset + entry.num_bytes
             header[entry.name] = {"dtype": NAMES[entry.dtype], "shape": entry.shape, "data_offsets": [offset, end]}
             offset = end
@@ -172,21 +172,24 @@ class SafetensorsWriter:
         return self
 
     def write(self, name: str, tensor: Tensor) -> None:
-        """Write one tensor of the dtype and shape announced, from any device."""
-        entry, offset = self.pending.pop(name)
-        assert (tensor.dtype, tuple(tensor.shape)) == (entry.dtype, entry.shape), f"{name}: not as announced"
+        """Write one tensor of the dtype and shape announced, or the next rows of it, from any device."""
+        entry, offset, left = self.pending[name]
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+        fits = tensor.dtype == entry.dtype and tuple(tensor.shape[1:]) == entry.shape[1:] and len(content) <= left
+        assert fits, f"{name}: not as announced"
         with disk(self.path, self.num_bytes):
             self.file.seek(8 + len(self.header) + offset)
-            content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
             for begin in range(0, len(content), PIECE):
                 self.file.write(content[begin : begin + PIECE])
+        self.pending[name] = (entry, offset + len(content), left - len(content))
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
             if kind is None:
-                assert not self.pending, f"never written: {sorted(self.pending)}"
+                short = sorted(name for name, (_, _, left) in self.pending.items() if left)
+                assert not short, f"never written: {short}"
                 with disk(self.path, self.num_bytes):
                     self.file.seek(0)
                     self.file.write(struct.pack("<Q", len(self.header)) + self.header)
