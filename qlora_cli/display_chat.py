@@ -254,14 +254,23 @@ def _reply(dialogues: list[Dialogue], act: Act) -> None:
 
 
 def _read(prompt: str) -> str:
-    """The next text: a line, lines that end with a backslash, or what stands between two triple quotes."""
+    """The next text: a line, lines that end with a backslash, or what stands between two triple quotes.
+
+    A backslash at the input's end continues with nothing. Raises EOFError where the input is at its end, and UserError
+    where it ends between the quotes: what was meant as commands may be in there.
+    """
     more = "." * (len(prompt) - 1) + " " if prompt else ""
     line = input(prompt)
-    if line.startswith('"""'):
-        text = line[3:]
-        while not text.rstrip().endswith('"""'):
-            text += "\n" + input(more)
-        return text.rstrip()[:-3].strip("\n")
-    while line.endswith("\\"):
-        line = line[:-1] + "\n" + input(more)
+    try:
+        if line.startswith('"""'):
+            text = line[3:]
+            while not text.rstrip().endswith('"""'):
+                text += "\n" + input(more)
+            return text.rstrip()[:-3].strip("\n")
+        while line.endswith("\\"):
+            line = line[:-1]
+            line += "\n" + input(more)
+    except EOFError:
+        if line.startswith('"""'):
+            raise UserError("the text", 'has no """ at its end', 'close it with """') from None
     return line

@@ -39,7 +39,8 @@ def body(one: dict[str, Any]) -> list[str]:
     """What there is to say of it, a line each."""
     lines = []
     if one["untied"]:
-        lines.append(f"untied   {', '.join(one['untied'])} shared a weight, of which the adapter changed a side")
+        names = " and ".join(one["untied"])
+        lines.append(f"untied   {names} shared a weight, and have one each now: tie_word_embeddings is false")
     if one["same_base"] is False:
         lines.append("note     the base is not the one that the adapter was trained on")
     found = one["certificate"]
@@ -58,10 +59,13 @@ def body(one: dict[str, Any]) -> list[str]:
     if found["limit"] is None:
         return lines
     verdict = "holds" if found["held"] else "does NOT hold"
+    asked = "" if found["limit"] == found["default_limit"] else f" ({found['default_limit']:.0e} by default)"
     streamed = "; the merged model was read from the disk layer by layer" if found["manner"] == "streamed" else ""
-    lines.append(f"the certificate {verdict}: mean KL {found['mean_kl']:.2e}, limit {found['limit']:.0e}{streamed}")
-    if not found["held"]:
+    limit = f"limit {found['limit']:.0e}{asked}"
+    lines.append(f"the certificate {verdict}: mean KL {found['mean_kl']:.2e}, {limit}{streamed}")
+    if one["out"] is None:
         lines.append("so it has not got its name. To accept it: the same command with a larger --max-kl")
+        lines.append(f"to give it up: rm -r {one['kept']}")
     return lines
 
 

@@ -11,7 +11,6 @@ from itertools import count as count_up
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tokenizers import Tokenizer
 
 from qlora_cli.data.examples import Examples
@@ -31,6 +30,7 @@ from qlora_cli.model.adapter import WEIGHTS, load_adapter
 from qlora_cli.model.base import Base, Found, default_device, find_base, fingerprint, load_base
 from qlora_cli.model.continued import CONFIG
 from qlora_cli.model.owner import start_of
+from qlora_cli.model.prequantized import method_of
 from qlora_cli.model.source import read_config, read_json
 from qlora_cli.model.whole_folder import MANIFEST, fault
 from qlora_cli.recipe import Recipe
@@ -41,7 +41,7 @@ from qlora_cli.train.base import recipe_of_base
 from qlora_cli.train.card import MERGED, refresh
 from qlora_cli.train.reading import encode_role, refuse_beyond_context, refuse_seen
 from qlora_cli.train.report import Report
-from qlora_cli.train.run import Run, date_of, read_facts
+from qlora_cli.train.run import Run, date_of, read_facts, read_resolved
 from qlora_cli.train.session import say_base
 from qlora_cli.train.suites import Reading, context_of, need_held_out, open_suites
 
@@ -117,7 +117,8 @@ def evaluate(recipe: Recipe, report: Report, wanted: Wanted) -> dict[str, Any]:
     if wanted.merged is not None:
         gc.collect()  # one model is in memory at a time
         merged = load_base(recipe_of_merged(recipe, wanted.merged), default_device())
-        measure(Subject("merged", merged, merged.model, f"{fingerprint(merged.model)} {reads_as(merged)}"))
+        weights = f"{fingerprint(merged.model)} {reads_as(merged)}"
+        measure(Subject(name_of_merged(wanted.merged), merged, merged.model, weights))
     result = told(recipe, suites, answers, folder)
     if wanted.limit is None:
         refresh(run.adapter, run, recipe)
@@ -143,7 +144,7 @@ def suites_of_run(recipe: Recipe, found: Found, report: Report, wanted: Wanted, 
 def refuse_other_labels(recipe: Recipe, run: Run) -> None:
     """Refuses classes or added tokens that are others, or in another order, than those that the run was trained on."""
     if run.resolved.exists() and run.adapter.exists():
-        trained = yaml.safe_load(run.resolved.read_text())["model"]
+        trained = read_resolved(run).get("model") or {}
         now = {"labels": list(recipe.model.labels), "num_labels": recipe.model.num_labels}
         now |= {"added_tokens": list(recipe.model.added_tokens)}
         for name, value in now.items():
@@ -258,11 +259,15 @@ def began_with(base: Base, adapter: Adapter) -> Path | None:
 
 
 def recipe_of_merged(recipe: Recipe, folder: Path) -> Recipe:
-    """The recipe by which a merged folder is measured: as it is stored, nothing quantised, no token added."""
+    """The recipe by which a merged folder is measured: as it is stored, quantised or not, and no token added."""
     if not (folder / "config.json").is_file():
         raise UserError(f"--merged {folder}", "no merged model there", "run `qlora merge`, or name its folder")
-    dtype = read_config(folder).get("dtype", "float32")
-    plain = Quantization(data_type="none", compute_dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    config = read_config(folder)
+    if method_of(config) is None:
+        dtype = config.get("dtype", "float32")
+        plain = Quantization(data_type="none", compute_dtype="bfloat16" if dtype == "bfloat16" else "float32")
+    else:
+        plain = Quantization(compute_dtype=recipe.quantization.compute_dtype)
     place: dict[str, Any] = {"name_or_path": str(folder), "revision": None, "added_tokens": []}
     model = recipe.model.model_copy(update=place)
     adapter = type(recipe.adapter)()
@@ -282,6 +287,12 @@ def name_of(adapter: Path, run: Run) -> str:
     folder = adapter.resolve()
     name = folder.parent.name if folder.name == "adapter" else folder.name
     return f"adapter-{name}" if name in ("", "adapter", "base", "start", "merged") else name
+
+
+def name_of_merged(folder: Path) -> str:
+    """What a merged model is called in tables and files: `merged`, or with its folder's name behind."""
+    name = folder.resolve().name
+    return "merged" if name == "merged" else f"merged-{name.removeprefix('merged-')}"
 
 
 def digest_of(adapter: Path) -> str:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.evaluation import digest_of, refuse_damaged
+from qlora_cli.export.peft_folder import check_base_name
 from qlora_cli.export.push import check_push, push
-from qlora_cli.export.source import Order, Source, refuse_place
+from qlora_cli.export.source import Order, Source, places_in, refuse_place
 from qlora_cli.export.table import EXPORTERS, Exporter, exporter_of
+from qlora_cli.model.adapter import WEIGHTS
 from qlora_cli.model.continued import CONFIG
 from qlora_cli.model.source import read_json
+from qlora_cli.recipe import load_recipe
 from qlora_cli.train.run import Run, date_of, read_facts
 
 RECORD = "merge.json"
@@ -49,6 +51,8 @@ def export(target: Path, wanted: Wanted, say: Callable[[str], None]) -> dict[str
     """
     exporter = exporter_of(wanted.to)
     refuse_needless(wanted, exporter)
+    if wanted.base_name is not None:
+        check_base_name(wanted.base_name)
     token = check_push(wanted.push) if wanted.push else None
     source, notes = source_of(target, exporter, wanted)
     out = place_of(target, wanted, exporter)
@@ -101,9 +105,9 @@ def source_of(target: Path, exporter: Exporter, wanted: Wanted) -> tuple[Source,
     if not (target / file).is_file():
         what = f"neither a run folder nor {kind} (no {file})" if target.is_dir() else "no such folder"
         raise UserError(target, what, f"name a finished run, or {kind}, for --to {wanted.to}")
-    source = Source(target, name_of(target), inputs=(target,))
+    source = Source(target, name_of(target), inputs=(target,), places=(str(target.absolute()), os.getcwd()))
     if exporter.needs == "merged":
-        return source, certified(target, None, wanted.force)
+        return source, [*certified(target, None, wanted.force), *unknown_of(target)]
     refuse_damaged(target)
     return with_base(source), []
 
@@ -111,20 +115,25 @@ def source_of(target: Path, exporter: Exporter, wanted: Wanted) -> tuple[Source,
 def source_of_run(run: Run, exporter: Exporter, wanted: Wanted) -> tuple[Source, list[str]]:
     """The merged model or the adapter of a run, with what the recipe says of it."""
     facts = read_facts(run)
-    if not facts or not run.adapter.exists():
+    if facts is None or not run.adapter.exists():
         raise UserError(run.folder, "no finished run there (no adapter/)", "run `qlora train` to its end first")
     refuse_damaged(run.adapter)
-    recipe = yaml.safe_load(run.resolved.read_text(encoding="utf-8"))
+    refuse_incomplete(run.adapter)
+    recipe = load_recipe(run.resolved)
+    base = facts.get("base")
+    base_folder = base.get("folder") if isinstance(base, dict) else None
     merged = wanted.merged or run.folder / "merged"
     folder = merged if exporter.needs == "merged" else run.adapter
     source = Source(
         folder,
         name_of(run.folder),
-        base_folder=Path(facts["base"]["folder"]),
-        stored=recipe["quantization"]["data_type"],
-        template_kwargs=recipe["data"].get("chat_template_kwargs") or {},
+        base_folder=Path(base_folder) if isinstance(base_folder, str) else None,
+        stored=recipe.quantization.data_type,
+        template_kwargs=dict(recipe.data.chat_template_kwargs),
         today=date_of(run),
         inputs=(run.adapter, run.checkpoints, run.base, merged),
+        rows=tuple(recipe.data.train),
+        places=(str(run.folder.absolute()), os.getcwd(), *places_in(facts), *places_in(recipe.model_dump(mode="json"))),
     )
     if exporter.needs == "adapter":
         return with_base(source), []
@@ -136,8 +145,29 @@ def source_of_run(run: Run, exporter: Exporter, wanted: Wanted) -> tuple[Source,
 
 def with_base(source: Source) -> Source:
     """An adapter with the base that it names."""
-    named = read_json(source.folder / CONFIG, "a PEFT adapter folder needs it").get("base_model_name_or_path")
-    return replace(source, base=named or None)
+    path = source.folder / CONFIG
+    named = read_json(path, "a PEFT adapter folder needs it").get("base_model_name_or_path")
+    if named is not None and not isinstance(named, str):
+        raise UserError(path, "base_model_name_or_path is no text", "write the base's hub id or folder there")
+    return replace(source, base=named or None, places=(*source.places, *places_in(named)))
+
+
+def unknown_of(merged: Path) -> list[str]:
+    """A note on a merged folder that is exported by itself and has a template: its run knows more of that."""
+    if not (merged / RECORD).is_file() or not (merged / "chat_template.jinja").is_file():
+        return []
+    adapter = read_json(merged / RECORD, "qlora merge writes it").get("adapter")
+    run = Path(adapter).parent if isinstance(adapter, str) else "RUN"
+    what = "data.chat_template_kwargs and the date of its run are not known of a folder by itself"
+    return [f"{what}: `qlora export {shlex.quote(str(run))} --merged {shlex.quote(str(merged))}` takes them along"]
+
+
+def refuse_incomplete(adapter: Path) -> None:
+    """Refuses an adapter folder without weights or config."""
+    for name in (WEIGHTS, CONFIG):
+        if not (adapter / name).is_file():
+            todo = "train again, or take the adapter out of the newest checkpoint"
+            raise UserError(adapter, f"no {name} there", todo)
 
 
 def certified(merged: Path, adapter: Path | None, force: bool) -> list[str]:
@@ -153,9 +183,13 @@ def certified(merged: Path, adapter: Path | None, force: bool) -> list[str]:
         what = f"was merged from another adapter than {adapter}"
         raise UserError(merged, what, "run `qlora merge` again, or name another folder with --merged", Exit.REFUSED)
     certificate = record.get("certificate")
-    if not certificate:
+    if certificate is None:
         return ["the merge was not verified: it has no certificate"]
-    if certificate.get("held"):
+    if isinstance(certificate, dict) and certificate.get("held", 0) is None and record.get("base") == "merged":
+        return [f"quantised to {record.get('dtype')}, which has no limit: merge.json says what it costs"]
+    if not isinstance(certificate, dict) or not isinstance(certificate.get("held"), bool):
+        raise UserError(path, "damaged: its certificate does not say whether it held", "run `qlora merge` again")
+    if certificate["held"]:
         return []
     if not force:
         what = f"its certificate did not hold: it differs too much from the unmerged model ({path})"

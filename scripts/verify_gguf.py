@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import os
 import stat
-import subprocess
 import sys
 import tempfile
 import time
@@ -29,11 +28,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for the tiny 
 import llama_cpp
 
 from qlora_cli.export.gguf import write_gguf, write_lora_gguf
+from scripts.verify_gguf_converter import check_converter
+from scripts.verify_gguf_weights import with_weights_of
 from tests.export.gguf_models import CASES, QUICKSTART, write_lora, write_model
 
 TYPES = ("f32", "f16", "bf16", "q8_0", "q4_0")
-KL = {"f32": 1e-9, "f16": 1e-4, "bf16": 5e-3, "q8_0": 1e-2, "q4_0": 1.0}
-"""Mean KL in nats that is allowed: random weights of a large spread make peaked and therefore touchy predictions."""
+KL = {"f32": 1e-9, "f16": 1e-5, "bf16": 5e-4, "q8_0": 5e-3, "q4_0": 5e-3, "q4_k_m": 0.1, "q6_k": 0.05}
+"""Mean KL in nats that is allowed against the file's own weights in float32: two to three times what was measured.
+
+Left is what ggml does to activations: it rounds them to the file's type, to Q8_0 or Q8_K before blocks. A q4_0 file is
+0.03 to 0.4 away from its model by rounding alone, so weights that are slightly others are beyond the limit. The model
+of the K-quants is wider and its predictions more peaked: 1.7 and 0.2 away.
+"""
 LOGITS_F32, LOGITS_GELU = 2e-5, 1e-3
 """Largest difference of a logit over the largest logit, in F32 files. ggml's GELU, Gemma's, is a table in F16."""
 TEXTS = [
@@ -53,13 +59,14 @@ PROMPT = "Hello, what is the world in the day of 2026? It's a long day, and then
 
 @dataclass
 class Row:
-    """One file compared with its model."""
+    """One file compared: with its own weights in transformers, and with the model that it was made of (rounding)."""
 
     model: str
     file: str
     tokens: str
     logits: float
     kl: float
+    rounding: float
     text: str
     ok: bool
 
@@ -156,7 +163,8 @@ def check_model(name: str, folder: Path, work: Path, rows: list[Row]) -> None:
         in_template = any("set for the chat template" in note for note in notes)  # whose text begins with BOS
         same, wrong = same_tokens(llama, tokenizer, tokenizer.bos_token if in_template else "")
         print("".join(f"  {name}: {line}\n" for line in wrong), end="", file=sys.stderr)
-        apart, kl = logits_apart(llama, model, ids)
+        apart, kl = logits_apart(llama, with_weights_of(out, folder, model), ids)
+        rounding = logits_apart(llama, model, ids)[1]
         words = "-"
         if file_type == "f32":
             agreed = greedy(llama, ids, 24) == greedy_reference(model, ids, 24)
@@ -164,7 +172,7 @@ def check_model(name: str, folder: Path, work: Path, rows: list[Row]) -> None:
                 words = "and chat" if chat_agrees(llama, model, tokenizer) else "CHAT DIFFERS"
             words = ("same " + words).removesuffix(" -") if agreed else "DIFFERS"
         ok = not wrong and is_near(name, file_type, apart, kl) and "DIFFERS" not in words
-        rows.append(Row(name, file_type, f"{same}/{len(TEXTS)}", apart, kl, words, ok))
+        rows.append(Row(name, file_type, f"{same}/{len(TEXTS)}", apart, kl, rounding, words, ok))
         llama.close()
 
 
@@ -181,7 +189,7 @@ def check_lora(name: str, work: Path, rows: list[Row]) -> None:
     with torch.no_grad(), peft.disable_adapter():
         moved = logits_apart(llama, peft, ids)[0]
     ok = is_near(name, "f32", apart, kl) and agreed and moved > 1e-2
-    rows.append(Row(name, "LoRA f32", "-", apart, kl, "same" if agreed else "DIFFERS", ok))
+    rows.append(Row(name, "LoRA f32", "-", apart, kl, kl, "same" if agreed else "DIFFERS", ok))
     llama.close()
 
 
@@ -204,75 +212,20 @@ def check_k_quants(work: Path, rows: list[Row]) -> None:
         facts = write_gguf(folder, out, file_type, lambda note: None)
         print(f"  {file_type}: {facts}", file=sys.stderr)
         llama = load(out)
-        apart, kl = logits_apart(llama, model, ids)
+        apart, kl = logits_apart(llama, with_weights_of(out, folder, model), ids)
+        rounding = logits_apart(llama, model, ids)[1]
         limit = 0.15 if file_type == "q4_k_m" else 0.03
-        ok = max(facts["error"].values()) < limit and np.isfinite(kl)
-        rows.append(Row("llama-2, 256 wide", file_type, "-", apart, kl, "-", bool(ok)))
+        ok = max(facts["error"].values()) < limit and is_near("llama-2", file_type, apart, kl)
+        rows.append(Row("llama-2, 256 wide", file_type, "-", apart, kl, rounding, "-", ok))
         llama.close()
-
-
-CONVERT = """
-import sys
-source, folder, out, kind, pre = sys.argv[1:]
-sys.path[:0] = [source, source + "/gguf-py"]
-from conversion import base
-def absent(self): raise FileNotFoundError
-base.TextModel._create_vocab_sentencepiece = absent  # without a tokenizer.model, and without its package
-base.TextModel.get_vocab_base_pre = lambda self, tokenizer: pre  # it knows the hashes of published tokenizers alone
-import convert_hf_to_gguf as convert
-sys.argv = ["convert", folder, "--outfile", out, "--outtype", kind]
-convert.main()
-"""
-OPEN = {"general.name", "general.size_label", "general.basename", "general.finetune", "general.license"}
-"""Keys that describe a file to people."""
-
-
-def check_converter(name: str, folder: Path, work: Path, converter: Path) -> list[str]:
-    """What llama.cpp's own converter writes otherwise for a folder, tensor by tensor and key by key, as lines."""
-    import gguf
-
-    lines = []
-    for kind in ("f32", "q8_0"):
-        ours = gguf.GGUFReader(work / f"{name}-{kind}.gguf")
-        pre = ours.fields["tokenizer.ggml.pre"].contents()
-        out = work / f"{name}-{kind}-theirs.gguf"
-        command = [sys.executable, "-c", CONVERT, str(converter), str(folder), str(out), kind, pre]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        if done.returncode:
-            return [f"{name}: the converter stopped: {done.stderr.strip().splitlines()[-1]}"]
-        theirs = gguf.GGUFReader(out)
-        mine = {tensor.name: tensor for tensor in ours.tensors}
-        yours = {tensor.name: tensor for tensor in theirs.tensors}
-        lines += [f"{name} {kind}: only one has {tensor}" for tensor in sorted(set(mine) ^ set(yours))]
-        for tensor in sorted(set(mine) & set(yours)):
-            a, b = mine[tensor], yours[tensor]
-            shapes = [f"{t.tensor_type.name} {t.shape.tolist()}" for t in (a, b)]
-            if shapes[0] != shapes[1]:
-                lines.append(f"{name} {kind}: {tensor} is {shapes[0]}, llama.cpp's {shapes[1]}")
-            elif not np.array_equal(a.data, b.data):
-                lines.append(f"{name} {kind}: {tensor} has other values")
-        if kind == "f32":
-            lines += _keys_apart(name, ours, theirs)
-    return lines
-
-
-def _keys_apart(name: str, ours: Any, theirs: Any) -> list[str]:
-    lines = []
-    for key in sorted(set(ours.fields) | set(theirs.fields)):
-        if key.startswith("GGUF.") or key in OPEN:
-            continue
-        a, b = (reader.fields[key].contents() if key in reader.fields else None for reader in (ours, theirs))
-        if a != b and not (isinstance(a, float) and isinstance(b, float) and np.isclose(a, b)):
-            shown = [repr(value)[:60] if value is not None else "no key" for value in (a, b)]
-            lines.append(f"{name} {key}: ours {shown[0]}, llama.cpp's {shown[1]}")
-    return lines
 
 
 def table(rows: list[Row]) -> str:
     """Rows as Markdown."""
-    lines = ["| model | file | tokens | logits apart | mean KL | greedy text | |", "|---|---|---|---|---|---|---|"]
+    head = ("model", "file", "tokens", "logits apart", "mean KL", "KL of rounding", "greedy text", "")
+    lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for row in rows:
-        figures = f"{row.logits:.1e} | {row.kl:.1e} | {row.text}"
+        figures = f"{row.logits:.1e} | {row.kl:.1e} | {row.rounding:.1e} | {row.text}"
         lines.append(f"| {row.model} | {row.file} | {row.tokens} | {figures} | {'ok' if row.ok else 'FAILED'} |")
     return "\n".join(lines)
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Our GGUF files in real llama.cpp: builds llama-cpp-python from its source package (about 3 minutes on 2 cores, once),
-# then exports tiny models of every architecture and compares tokens, logits and text with transformers (2 minutes).
+# then exports tiny models of every architecture and compares tokens, logits and text with transformers (3 to 5).
 #
 #   bash scripts/verify_gguf.sh                      # VENV=/path/to/environment for another than .venv
 #   bash scripts/verify_gguf.sh runs/NAME/merged     # and these model folders

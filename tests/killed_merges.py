@@ -62,6 +62,9 @@ def arm(folder: Path, at: int, by: signal.Signals) -> None:
 
     count = 0
 
+    def unwritten(writer: SafetensorsWriter) -> int:
+        return sum(left > 0 for _entry, _offset, left in writer.pending.values())
+
     def counted(owner: Any, name: str, place: Callable[..., str]) -> None:
         real = getattr(owner, name)
 
@@ -84,7 +87,7 @@ def arm(folder: Path, at: int, by: signal.Signals) -> None:
         counted(Path, name, lambda path, target: str(target))
     counted(os, "fsync", once(lambda descriptor: os.readlink(f"/proc/self/fd/{descriptor}")))
     last = 1  # of a file's tensors, so that there is a moment with a file half written
-    counted(SafetensorsWriter, "write", lambda w, *_: str(w.path.absolute()) if len(w.pending) == last else "")
+    counted(SafetensorsWriter, "write", lambda w, *_: str(w.path.absolute()) if unwritten(w) == last else "")
 
 
 def once(place: Callable[..., str]) -> Callable[..., str]:

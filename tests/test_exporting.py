@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -93,12 +94,15 @@ def test_the_gguf_is_a_file_and_ollama_gets_the_runs_template(run, qlora):
     result = json.loads(ended.out)
     assert result["out"] == str(run / "export" / "gguf" / "model-f16.gguf")
     assert Path(result["out"]).read_bytes().startswith(b"GGUF")
+    assert any('the server has to be told {"mood": "good"}' in note for note in result["notes"])
+    arguments = ["--jinja", "--chat-template-kwargs", json.dumps(TEMPLATE_KWARGS)]
+    assert list(map(shlex.split, result["commands"])) == [["llama-server", "-m", result["out"], *arguments]]
     ended = qlora("export", run, "--to", "gguf-lora")
     assert ended.code == 0, ended.err
     assert (run / "export" / "gguf-lora" / "adapter-f16.gguf").exists()
     ended = qlora("export", run, "--to", "ollama", "--type", "f16")
     assert ended.code == 0, ended.err
-    assert f"next      ollama create my-run -f {run / 'export' / 'ollama' / 'Modelfile'}" in ended.out
+    assert f"next      ollama create my-run -f '{run / 'export' / 'ollama' / 'Modelfile'}'" in ended.out
     assert "<|im_start|>" in (run / "export" / "ollama" / "Modelfile").read_text()
 
 
@@ -152,6 +156,70 @@ def test_a_damaged_adapter_and_a_run_without_an_end_are_refused(run, qlora):
     refused(qlora("export", run, "--to", "peft"), 2, "no finished run there")
 
 
+def test_a_quantised_merge_is_exported_with_a_note_of_its_cost(run, tmp_path, qlora):
+    certify(run, {"held": None}, base="merged", dtype="nf4")
+    ended = qlora("export", run, "--to", "vllm", "--out", tmp_path / "out")
+    assert ended.code == 0, ended.err
+    assert "quantised to nf4, which has no limit" in ended.out + ended.err
+    certify(run, {"held": None}, base="dequantized")
+    assert qlora("export", run, "--to", "vllm", "--out", tmp_path / "other").code == 2
+
+
+@pytest.mark.parametrize("certificate", ["yes", {}, {"held": "yes"}, [], 0])
+def test_a_certificate_that_does_not_say_whether_it_held_is_damaged(run, qlora, certificate):
+    certify(run, certificate)
+    refused(qlora("export", run, "--to", "vllm"), 2, "its certificate does not say whether it held")
+    refused(qlora("export", run, "--to", "vllm", "--force"), 2, "its certificate does not say whether it held")
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff\xfe\x00", b"[1]"])
+def test_damaged_records_are_messages(run, qlora, text):
+    for name in ("merged/merge.json", "run.json"):
+        before = (run / name).read_bytes()
+        (run / name).write_bytes(text)
+        refused(qlora("export", run, "--to", "vllm"), 2, f"{run / name}: ")
+        (run / name).write_bytes(before)
+    for text in (b"{", b"\xff\xfe\x00", b"a: 1\n", b""):
+        (run / "resolved.yaml").write_bytes(text)
+        ended = qlora("export", run, "--to", "peft")
+        assert (ended.code, ended.out) == (2, "")
+        assert ended.err.startswith(f"{run / 'resolved.yaml'}:")
+
+
+@pytest.mark.parametrize("changes", [{"base": None}, {"base": 3}, {"base": {}}, {"date": 3}, {"date": "soon"}])
+def test_a_run_that_does_not_say_its_base_or_its_day_right(run, qlora, changes):
+    facts = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(facts | changes))
+    ended = qlora("export", run, "--to", "peft")
+    if "date" in changes:
+        refused(ended, 2, "no day. Write it as YYYY-MM-DD.")
+    else:
+        assert ended.code == 0, ended.err
+
+
+def test_an_adapter_without_weights_or_config_is_refused(run, qlora):
+    certify(run, {"held": True})
+    (run / "adapter" / "manifest.json").unlink()
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (run / "adapter" / name).unlink()
+        refused(qlora("export", run, "--to", "vllm"), 2, f"no {name} there" if name.endswith("s") else "no adapter_")
+
+
+def test_paths_of_the_run_leave_the_card(run, qlora, rows_file):
+    (run / "adapter" / "README.md").write_text(f"---\n---\nTrained on {rows_file} in file://{run}, see {Path.cwd()}.\n")
+    ended = qlora("export", run, "--to", "peft")
+    assert ended.code == 0, ended.err
+    card = (run / "export" / "peft" / "README.md").read_text()
+    assert card == f"---\n---\nTrained on {rows_file.name} in file://{run.name}, see {Path.cwd().name}.\n"
+
+
+def test_what_a_plain_merged_folder_does_not_know_is_told(run, qlora, tmp_path):
+    certify(run, {"held": True}, adapter=str(run / "adapter"))
+    ended = qlora("export", run / "merged", "--to", "vllm", "--out", tmp_path / "out")
+    told = f"`qlora export '{run}' --merged '{run / 'merged'}'` takes them along"
+    assert told in ended.out
+
+
 # ── what it refuses ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -170,6 +238,7 @@ def test_places_inside_of_what_is_exported_are_refused(run, qlora):
         (("--to", "peft", "--merged", "x"), "--merged: says nothing of --to peft"),
         (("--to", "vllm", "--base-name", "me/base"), "--base-name: says nothing of --to vllm"),
         (("--to", "gguf", "--out", "folder"), "give it a name that ends in .gguf"),
+        (("--to", "peft", "--base-name", "me/x\nlicense: evil"), "no hub id and no folder"),
         (("--to", "vllm", "--push", "it"), "'it' is no repository's name"),
     ],
 )

@@ -211,17 +211,62 @@ assert torch.isfinite(model(ids).logits).all()
 
 def test_an_existing_merge_is_quantised_and_not_made_again(finished, qlora, tmp_path):
     assert qlora("merge", finished, "--out", tmp_path / "out").code == 0
-    before = {path.name: inode(path) for path in (tmp_path / "out").iterdir()}
+    before = weights_and_settings(tmp_path / "out")
     ended = qlora("merge", finished, "--out", tmp_path / "out", "--quantize", "int2", "--json")
     assert ended.code == 0, ended.err
+    assert "and its weights stay" in ended.err
     assert [one["dtype"] for one in merges_of(ended)] == ["float32", "int2"]
-    assert {path.name: inode(path) for path in (tmp_path / "out").iterdir()} == before
+    assert [one["certificate"]["held"] for one in merges_of(ended)] == [True, None]
+    assert weights_and_settings(tmp_path / "out") == before
     import qlora_cli.quant.plugin  # noqa: F401
 
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out-int2")
     assert torch.isfinite(loaded(input_ids=torch.arange(3, 20).unsqueeze(0)).logits).all()
     ended = qlora("merge", finished, "--out", tmp_path / "out", "--quantize", "int2")
     assert (ended.code, "out-int2: it exists and is not an empty folder" in ended.err) == (Exit.USAGE, True)
+
+
+def weights_and_settings(folder: Path) -> dict[str, tuple[int, int]]:
+    """Every file but the certificate's two."""
+    return {path.name: inode(path) for path in folder.iterdir() if path.name not in ("merge.json", "README.md")}
+
+
+def test_a_merge_that_is_there_gets_the_certificate_that_is_asked_for_now(finished, qlora, tmp_path):
+    command = ["merge", finished, "--out", tmp_path / "out"]
+    assert qlora(*command, "--max-kl", 100, "--rows", 1).code == 0
+    before = weights_and_settings(tmp_path / "out")
+    card = tmp_path / "out" / "README.md"
+    assert "1e+02, asked for (1e-06 by default)" in card.read_text()
+    card.write_text("My words.\n" + card.read_text())
+    ended = qlora(*command)
+    assert (ended.code, "limit 1e-06" in ended.out) == (0, True), ended.out
+    record = json.loads((tmp_path / "out" / "merge.json").read_text())
+    assert (record["certificate"]["rows"], record["certificate"]["limit"]) == (4, LIMITS["float32"])
+    assert "asked for" not in card.read_text()
+    assert card.read_text().startswith("My words.\n")
+    ended = qlora(*command, "--max-kl", 0)
+    assert (ended.code, "does NOT hold" in ended.out) == (Exit.FAILED, True), ended.out
+    assert weights_and_settings(tmp_path / "out") == before
+    ended = qlora(*command, "--dtype", "bfloat16")
+    assert (ended.code, "with dtype float32, and bfloat16 is asked for" in ended.err) == (Exit.USAGE, True), ended.err
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int2"])
+def test_a_quantised_merge_is_measured_and_spoken_with_as_it_is_stored(finished, qlora, tmp_path, kind):
+    assert qlora("merge", finished, "--out", tmp_path / "out", "--quantize", kind).code == 0
+    stored = tmp_path / f"out-{kind}"
+    ended = qlora("eval", finished, "--merged", stored, "--limit", 2, "--json")
+    assert ended.code == 0, ended.err
+    found = json.loads(ended.out)["models"]
+    assert found[f"merged-out-{kind}"]["loss"] != found["adapter"]["loss"]
+    assert qlora("chat", stored, "--prompt", "say 3", "--max-new-tokens", 2).code == 0
+    assert {path.stat().st_mode & 0o777 for path in stored.iterdir()} == {0o666 & ~umask()}
+
+
+def umask() -> int:
+    found = os.umask(0)
+    os.umask(found)
+    return found
 
 
 @pytest.mark.parametrize("changed", ["adapter_digest", "base", "dtype"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -95,12 +97,13 @@ class Dialogue:
             raise UserError("/save", "nothing was said yet", "write something first")
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self.rows())
         try:
-            with path.expanduser().open("x", encoding="utf-8") as file:
-                file.write(text)
+            write_new(path.expanduser(), text.encode("utf-8"))
         except FileExistsError:
             raise UserError(path, "is there already, and nothing is overwritten", "name a new file") from None
         except OSError as error:
             raise UserError(path, f"cannot be written: {error.strerror}", "name another file") from error
+        except (RuntimeError, ValueError) as error:  # no home of that user; NUL, or half a character, in name or text
+            raise UserError(path, f"cannot be written: {error}", "name another file") from error
 
     def cut(self) -> str:
         """Why the last reply is not a whole one: it did not end with a stop token; "" where it did."""
@@ -111,6 +114,20 @@ class Dialogue:
         }
         stopped = self.replies[-1].stopped if self.replies else ""
         return f"the reply was cut {reasons[stopped]}".strip() if stopped in reasons else ""
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """Writes a file that is not there before all of it is. Raises FileExistsError where one is there, and OSError."""
+    aside = path.with_name(f".{path.name[:40]}.{os.getpid()}.partial")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(aside, path)  # unlike a rename, never in the place of another
+    finally:
+        with suppress(OSError):
+            aside.unlink(missing_ok=True)
 
 
 def as_json(dialogue: Dialogue) -> dict[str, Any]:

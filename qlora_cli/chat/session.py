@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.chat.plain import asked_as
+from qlora_cli.chat.plain import AS_IT_STANDS, asked_as, templated
 from qlora_cli.chat.reply import Manner, Speaker, always
 from qlora_cli.chat.wanted import Sampling, Voices
 from qlora_cli.data.chat import chat_settings, find_template
@@ -86,12 +86,14 @@ def opened(recipe: Recipe, report: Report, voices: Voices, sampling: Sampling) -
         if has_template:
             report.say(f"chat     {settings.called}, {', '.join(settings.stops)} ends a turn")
         elif found.task == "causal_lm":
-            row_prompt = asked_as(recipe.data.train[0]) if voices.folder is None else None
-            told = f"put into the prompt of {row_prompt[0]} rows" if row_prompt else "continued as it stands"
-            report.say(f"chat     no chat template: each text is {told}, and none before it is remembered")
-            asked = row_prompt[1] if row_prompt else None
+            words, asked = asked_as(recipe.data.train[0]) if voices.folder is None else AS_IT_STANDS
+            report.say("chat     no chat template, and no text before it is remembered")
+            report.say(f"chat     each text is {words}")
         else:
-            report.say("chat     each text is a source of its own, and none before it is remembered")
+            template = None if voices.folder else recipe.data.train[0].template
+            words, asked = templated(template.prompt) if template else ("a source of its own", None)
+            report.say("chat     no text before it is remembered")
+            report.say(f"chat     each text is {words}")
         manner = Manner(decoding_of(recipe, sampling), sampling, verbatim=not has_template)
         yield Session(speakers, prompts, manner, found.task, has_template, asked)
 
@@ -133,9 +135,11 @@ def with_trained_template(recipe: Recipe, run: Run | None, found: Found, report:
 
     Tells where neither is the one that run.json knows.
     """
-    if run is None or (facts := read_facts(run)) is None:
+    facts = (run and read_facts(run)) or {}
+    fingerprints = facts.get("fingerprints")
+    trained = fingerprints.get("chat_template") if isinstance(fingerprints, dict) else None
+    if run is None or trained is None:
         return recipe
-    trained = facts["fingerprints"]["chat_template"]
 
     def template_of(named: str | None) -> str:
         try:

@@ -18,6 +18,9 @@ OF_FOLDER = ("model.trust_remote_code", "model.task", "model.attn_implementation
 GREEDY = 0.0
 """The temperature at which the likeliest token is taken."""
 
+COLDEST, HOTTEST = 1e-3, 1e3
+"""Other temperatures: logits divided by less leave float32, and by more they are all alike."""
+
 
 @dataclass(frozen=True)
 class Voices:
@@ -63,8 +66,9 @@ class Sampling:
         """Raises UserError for a number out of its range, and for one that would have no effect."""
         if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise UserError("--max-new-tokens", f"is {self.max_new_tokens}", "give a whole number, at least 1")
-        if not 0 <= self.temperature < float("inf"):
-            raise UserError("--temperature", f"is {self.temperature:g}", "give 0 for the likeliest token, or e.g. 0.7")
+        if self.temperature != GREEDY and not COLDEST <= self.temperature <= HOTTEST:
+            todo = f"give 0 for the likeliest token, or from {COLDEST:g} to {HOTTEST:g}, e.g. 0.7"
+            raise UserError("--temperature", f"is {self.temperature:g}", todo)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError("--top-p", f"is {self.top_p:g}", "give a share above 0 and up to 1, e.g. 0.9")
         if self.seed is not None and not 0 <= self.seed < 2**32:

@@ -49,6 +49,8 @@ def merge(
     with problems_as_json(as_json):
         if no_verify and (rows or max_kl is not None):
             raise UserError("--no-verify", "leaves nothing for --rows and --max-kl", "leave it out, or those")
+        if not run.is_dir():
+            raise UserError(run, "no run folder there", "name the output_dir of a finished run")
         checked = recipe_of(run, None)
         quiet_libraries(checked)
         with importing():

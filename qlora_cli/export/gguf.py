@@ -21,10 +21,19 @@ from qlora_cli.export.gguf_architectures import (
     load_config,
     notes_of,
 )
-from qlora_cli.export.gguf_file import Planned, need_gguf, new_file, read_back, refuse_existing, write_file
+from qlora_cli.export.gguf_file import (
+    Plan,
+    aside,
+    need_gguf,
+    new_file,
+    read_back,
+    refuse_existing,
+    unusual,
+    write_file,
+)
 from qlora_cli.export.gguf_lora import LORA_TYPES, lora_fields, plan_lora, read_lora
 from qlora_cli.export.gguf_tensors import plan_tensors
-from qlora_cli.export.gguf_tokenizer import vocabulary_of
+from qlora_cli.export.gguf_tokenizer import Trained, vocabulary_of
 from qlora_cli.model.safetensors_stream import read_checkpoint
 
 Say = Callable[[str], None]
@@ -65,17 +74,17 @@ STORED = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 """The file from which llama-quantize works: as the model is stored."""
 
 
-def check_gguf(folder: Path, file_type: str) -> None:
+def check_gguf(folder: Path, file_type: str, trained: Trained | None = None) -> None:
     """Raises UserError for all that can be refused without reading weights.
 
     The type, a missing package or tool, the architecture and its settings, tensors without a place, the tokenizer.
     """
     _check_type(file_type)
     need_gguf()
-    _plan(folder, file_type)
+    _plan(folder, file_type, trained)
 
 
-def write_gguf(folder: Path, out: Path, file_type: str, say: Say) -> dict[str, Any]:
+def write_gguf(folder: Path, out: Path, file_type: str, say: Say, trained: Trained | None = None) -> dict[str, Any]:
     """Write a transformers folder as a new file `out`; memory holds one tensor and a slice of it in float32.
 
     say: gets one line for each thing that llama.cpp does otherwise in rare cases.
@@ -87,15 +96,12 @@ def write_gguf(folder: Path, out: Path, file_type: str, say: Say) -> dict[str, A
     _check_type(file_type)
     need_gguf()
     refuse_existing(out)
-    if FILE_TYPES[file_type].by_tool:
-        return _write_by_tool(folder, out, file_type, say) | {"seconds": time.perf_counter() - started}
-    arch, fields, tensors, notes = _plan(folder, file_type)
-    for note in notes:
+    by_tool = FILE_TYPES[file_type].by_tool
+    plan = _plan(folder, _stored(folder) if by_tool else file_type, trained)
+    for note in plan.notes:
         say(note)
-    with new_file(out, sum(tensor.num_bytes for tensor in tensors)) as partial:
-        write_file(partial, arch, fields, tensors)
-        errors = read_back(partial, fields, tensors)
-    return _facts(out, file_type, len(tensors), errors) | {"seconds": time.perf_counter() - started}
+    errors = _by_tool(plan, out, file_type, say) if by_tool else _written(plan, out, say)
+    return _facts(out, file_type, plan, errors) | {"seconds": time.perf_counter() - started}
 
 
 def check_lora_gguf(adapter: Path, base: Path) -> None:
@@ -119,11 +125,9 @@ def write_lora_gguf(adapter: Path, base: Path, out: Path, file_type: str, say: S
     arch, tensors = plan_lora(lora, base, file_type)
     if any(pair.factor != 1.0 for pair in lora.pairs):
         say("the scaling of rsLoRA or a pattern is folded into B")
-    fields = lora_fields(lora) | _general(adapter, file_type)
-    with new_file(out, sum(tensor.num_bytes for tensor in tensors)) as partial:
-        write_file(partial, arch.name, fields, tensors)
-        errors = read_back(partial, fields, tensors)
-    return _facts(out, file_type, len(tensors), errors) | {"seconds": time.perf_counter() - started}
+    plan = Plan(arch.name, lora_fields(lora) | _general(adapter, file_type), tensors, [])
+    errors = _written(plan, out, say)
+    return _facts(out, file_type, plan, errors) | {"seconds": time.perf_counter() - started}
 
 
 def _check_type(file_type: str) -> None:
@@ -135,17 +139,33 @@ def _check_type(file_type: str) -> None:
         raise UserError("--type", what, f"install llama.cpp, or use {own}", Exit.ENVIRONMENT)
 
 
-def _plan(folder: Path, file_type: str) -> tuple[str, Fields, list[Planned], list[str]]:
-    """Architecture, keys, tensors and notes of a file, without reading a weight."""
+def _plan(folder: Path, file_type: str, trained: Trained | None) -> Plan:
+    """The file, without reading a weight. A type that the tool writes is planned as F32."""
     arch = architecture_of(folder)
     config = load_config(folder)
     check_config(folder, arch, config)
     own = "f32" if FILE_TYPES[file_type].by_tool else file_type
     tensors = plan_tensors(read_checkpoint(folder), arch, config, own)
-    vocabulary = vocabulary_of(folder, config.vocab_size)
+    vocabulary = vocabulary_of(folder, config.vocab_size, trained)
     fields = {"general.type": "model"} | _general(folder, file_type)
     fields |= fields_of(folder, arch, config) | vocabulary.fields
-    return arch.name, fields, tensors, notes_of(arch, config) + vocabulary.notes
+    return Plan(arch.name, fields, tensors, notes_of(arch, config) + vocabulary.notes)
+
+
+def _stored(folder: Path) -> str:
+    """The type of file that a model as it is stored makes: of its matrices' dtype."""
+    dtypes = [entry.dtype for entry in read_checkpoint(folder).entries().values() if len(entry.shape) > 1]
+    return next((STORED[dtype] for dtype in STORED if dtype in dtypes), "f32")
+
+
+def _written(plan: Plan, out: Path, say: Say) -> dict[str, float]:
+    """Writes a file and reads it back; returns the rounding errors."""
+    with new_file(out, plan.num_bytes, say) as partial:
+        write_file(plan, partial, out)
+        errors = read_back(plan, partial, out)
+    for note in unusual(errors):
+        say(note)
+    return errors
 
 
 def _general(folder: Path, file_type: str) -> Fields:
@@ -161,24 +181,24 @@ def _general(folder: Path, file_type: str) -> Fields:
     }
 
 
-def _facts(out: Path, file_type: str, num_tensors: int, errors: dict[str, float]) -> dict[str, Any]:
-    return {"type": file_type, "tensors": num_tensors, "bytes": out.stat().st_size, "error": errors}
+def _facts(out: Path, file_type: str, plan: Plan, errors: dict[str, float]) -> dict[str, Any]:
+    return {"type": file_type, "tensors": len(plan.tensors), "bytes": out.stat().st_size, "error": errors}
 
 
-def _write_by_tool(folder: Path, out: Path, file_type: str, say: Say) -> dict[str, Any]:
-    """A K-quant: our file in the stored dtype beside `out`, which llama-quantize reads; then its keys are compared."""
-    dtypes = [entry.dtype for entry in read_checkpoint(folder).entries().values() if len(entry.shape) > 1]
-    plain = next((STORED[dtype] for dtype in STORED if dtype in dtypes), "f32")
-    whole = out.absolute().with_name(f".{out.name}.{plain}.partial")
-    try:
-        whole.unlink(missing_ok=True)  # of a run that was killed
-        facts = write_gguf(folder, whole, plain, say)
-        with new_file(out, facts["bytes"] * 6 // 10) as partial:
-            _run_tool(whole, partial, file_type)
-            error = _tool_error(whole, partial, facts["tensors"])
-        return _facts(out, file_type, facts["tensors"], {file_type.upper(): error})
-    finally:
-        whole.unlink(missing_ok=True)
+def _by_tool(plan: Plan, out: Path, file_type: str, say: Say) -> dict[str, float]:
+    """A K-quant: our file in the stored dtype beside `out`, which llama-quantize reads; then the tensors are compared.
+
+    Both lie aside under the one lock.
+    """
+    plain = aside(out, "plain")
+    with new_file(out, plan.num_bytes * 16 // 10, say) as partial:
+        try:
+            write_file(plan, plain, out)
+            read_back(plan, plain, out)
+            _run_tool(plain, partial, file_type)
+            return {file_type.upper(): _tool_error(plain, partial, out)}
+        finally:
+            plain.unlink(missing_ok=True)
 
 
 def _run_tool(source: Path, target: Path, file_type: str) -> None:
@@ -189,7 +209,7 @@ def _run_tool(source: Path, target: Path, file_type: str) -> None:
         raise UserError(TOOL, f"stopped with exit code {done.returncode}: {last[0]}", "see its message", Exit.FAILED)
 
 
-def _tool_error(source: Path, made: Path, num_tensors: int) -> float:
+def _tool_error(source: Path, made: Path, out: Path) -> float:
     """The largest relative L2 error of a tensor that llama-quantize wrote. Raises UserError where it is no quantising.
 
     2-bit types reach 0.4 on Gaussian weights; unrelated tensors are 1.4 apart.
@@ -198,12 +218,12 @@ def _tool_error(source: Path, made: Path, num_tensors: int) -> float:
     from gguf import GGUFReader, quants
 
     before = {tensor.name: tensor for tensor in GGUFReader(source).tensors}
-    after = GGUFReader(made).tensors
+    after = {tensor.name: tensor for tensor in GGUFReader(made).tensors}
     worst = 0.0
-    for tensor in after:
-        exact, stored = (quants.dequantize(one.data, one.tensor_type) for one in (before[tensor.name], tensor))
+    for name in before.keys() & after.keys():
+        exact, stored = (quants.dequantize(one.data, one.tensor_type) for one in (before[name], after[name]))
         worst = max(worst, float(np.linalg.norm(stored - exact) / max(float(np.linalg.norm(exact)), 1e-30)))
-    if len(after) != num_tensors or not worst < 0.6:
-        what = f"{len(after)} tensors, the worst {worst:.2g} of its norm away from the model's"
-        raise UserError(made, what, "report this with llama.cpp's version", Exit.FAILED)
+    if before.keys() != after.keys() or not worst < 0.6:
+        what = f"{TOOL} wrote {len(after)} tensors of {len(before)}, the worst {worst:.2g} of its norm away"
+        raise UserError(out, what, "report this with llama.cpp's version", Exit.FAILED)
     return worst

@@ -7,20 +7,24 @@ scores of tokens instead of a list of merges). Constants are those of src/llama-
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import pickle
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from datetime import date
 from enum import IntEnum
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qlora_cli.data.chat import find_template
-from qlora_cli.data.jinja import TEMPLATE_ERRORS, compile_template
-from qlora_cli.errors import UserError
+from qlora_cli.data.chat import chat_settings, find_template
+from qlora_cli.data.conversations import system, user
+from qlora_cli.data.prompts import Prompts
+from qlora_cli.errors import Exit, UserError
 from qlora_cli.export.gguf_architectures import WHOLE, Fields
 from qlora_cli.export.gguf_pretokenizers import name_of
 from qlora_cli.model.tokenizer import check_vocabulary, load_tokenizer, stop_token_ids
-from qlora_cli.recipe.schema import Model
+from qlora_cli.recipe.schema import Data, Model
 
 SPACE = "▁"  # how SentencePiece writes a space
 UNRANKED = -1000.0  # the score of tokens that no merge makes, below any rank of a merge
@@ -38,6 +42,14 @@ class Kind(IntEnum):
 
 
 @dataclass(frozen=True)
+class Trained:
+    """What the template got beside the messages. kwargs: data.chat_template_kwargs; today: the date that it prints."""
+
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    today: date = field(default_factory=date.today)
+
+
+@dataclass(frozen=True)
 class Vocabulary:
     """The keys of a tokenizer, and what llama.cpp does otherwise in rare texts."""
 
@@ -45,7 +57,7 @@ class Vocabulary:
     notes: list[str]
 
 
-def vocabulary_of(folder: Path, vocab_size: int) -> Vocabulary:
+def vocabulary_of(folder: Path, vocab_size: int, trained: Trained | None = None) -> Vocabulary:
     """The tokenizer of a model folder for an embedding of `vocab_size` rows.
 
     Raises UserError for a tokenizer whose algorithm llama.cpp does not have.
@@ -69,6 +81,7 @@ def vocabulary_of(folder: Path, vocab_size: int) -> Vocabulary:
         ranked = fields[KEY + "scores"]
         fields[KEY + "scores"] = [ranked.get(text, UNRANKED) for text in texts]
     special, said = _special(folder, tokenizer, template)
+    special[KEY + "add_bos_token"] = _adds_bos(tokenizer, template, trained or Trained())
     return Vocabulary(fields | special, notes + said + _added_notes(layout))
 
 
@@ -187,14 +200,14 @@ def _special(folder: Path, tokenizer: Any, template: str | None) -> tuple[Fields
     ids = dict(zip(("eos", "eot", "eom"), ends, strict=False))
     ids |= {"bos": tokenizer.bos_token_id, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
     fields: Fields = {f"{KEY}{name}_token_id": index for name, index in ids.items() if index is not None}
-    fields |= {KEY + "add_bos_token": _adds_bos(tokenizer, template), KEY + "add_eos_token": False}
+    fields[KEY + "add_eos_token"] = False
     if template is not None:
         fields["tokenizer.chat_template"] = template
     left = [tokenizer.convert_ids_to_tokens(index) for index in ends[3:]]
     return fields, [f"GGUF holds three stop tokens; {', '.join(left)} stop there only if known by name"] if left else []
 
 
-def _adds_bos(tokenizer: Any, template: str | None) -> bool:
+def _adds_bos(tokenizer: Any, template: str | None, trained: Trained) -> bool:
     """Whether rows of training begin with BOS: where the template writes it, or without one where the tokenizer does.
 
     llama.cpp removes the template's own BOS when it adds one, so there are never two.
@@ -202,16 +215,27 @@ def _adds_bos(tokenizer: Any, template: str | None) -> bool:
     if tokenizer.bos_token_id is None:
         return False
     if template is not None:
-        asked = {"role": "user", "content": "a"}
-        for messages in ([asked], [{"role": "system", "content": "a"}, asked]):
-            special = {name: str(token) for name, token in tokenizer.special_tokens_map.items()}
-            try:
-                compiled = compile_template(template, date(2026, 1, 1))
-                text = compiled.render(**special, messages=messages, tools=None, add_generation_prompt=True)
-            except TEMPLATE_ERRORS:
-                continue  # a template that asks for other roles
-            return text.startswith(tokenizer.bos_token)
+        data = Data(train=[{"path": "none"}], chat_template_kwargs=dict(trained.kwargs))  # type: ignore[list-item]
+        first = _first_id(pickle.dumps(chat_settings(data, tokenizer, frozenset(), trained.today)))
+        if first is not None:
+            return first == tokenizer.bos_token_id
     return tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
+
+
+@lru_cache(maxsize=1)  # a file is planned twice: to check it, and to write it
+def _first_id(settings: bytes) -> int | None:
+    """The id that a conversation under a template begins with, found in a process where limits hold.
+
+    None where it takes neither a user's text nor a system's before it. Raises UserError where it meets a limit.
+    """
+    with Prompts(pickle.loads(settings)) as prompts:
+        for messages in ([user("a")], [system("a"), user("a")]):
+            try:
+                return next(iter(prompts.of(messages).ids), None)
+            except UserError as error:
+                if error.code == Exit.FAILED:
+                    raise
+    return None
 
 
 def _added_notes(layout: dict[str, Any]) -> list[str]:

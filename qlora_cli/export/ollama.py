@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +11,8 @@ from typing import Any
 from qlora_cli import __version__
 from qlora_cli.data.chat import ChatSettings, chat_settings
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.export.go_template import VERBATIM, go_template
+from qlora_cli.export.asked import Asked, asked_of
+from qlora_cli.export.go_template import VERBATIM, go_template, literal
 from qlora_cli.export.source import Facts, Order, Source, context_of, facts_of, refuse_place, task_of
 from qlora_cli.export.turns import START, Between, Turns, turns_of
 from qlora_cli.model.source import read_config
@@ -25,22 +27,28 @@ MOST_CONTEXT = 8192
 
 @dataclass(frozen=True)
 class Reading:
-    """How the model reads conversations. turns: None where it has no template; context: num_ctx."""
+    """How the model reads conversations. context: num_ctx.
+
+    turns: None where it has no template; then `asked` is the prompt of its training rows, None where nobody knows it.
+    """
 
     settings: ChatSettings
     turns: Turns | None
     context: int | None
+    asked: Asked | None = None
 
 
 def write_ollama(source: Source, order: Order) -> Facts:
     """Writes the folder `order.out`, whole or not at all. Raises UserError before that for what cannot be expressed."""
     from qlora_cli.export.gguf import check_gguf, write_gguf
+    from qlora_cli.export.gguf_tokenizer import Trained
 
     config = read_config(source.folder)
     if (task := task_of(config)) != "causal_lm":
         raise UserError(source.folder, f"Ollama generates text, and this is a model for {task}", "serve it otherwise")
     refuse_place(order.out, source.inputs)
-    check_gguf(source.folder, order.file_type)
+    trained = Trained(source.template_kwargs, source.today)
+    check_gguf(source.folder, order.file_type, trained)
     reading, notes = read_template(source), []
     modelfile(source.name, reading, adds_bos=False)  # refuses now what it would refuse after the weights
     whole = context_of(config)
@@ -49,15 +57,14 @@ def write_ollama(source: Source, order: Order) -> Facts:
     facts: dict[str, Any] = {}
 
     def write(place: Path) -> None:
-        facts.update(write_gguf(source.folder, place / MODEL, order.file_type, order.say))
+        facts.update(write_gguf(source.folder, place / MODEL, order.file_type, order.say, trained))
         text, told = modelfile(source.name, reading, adds_bos(place / MODEL))
         notes.extend(told)
         (place / "Modelfile").write_text(text, encoding="utf-8")
 
     publish_new(order.out, write)
-    return facts_of(
-        facts, notes, [f"ollama create {source.name} -f {order.out / 'Modelfile'}", f"ollama run {source.name}"]
-    )
+    create = ["ollama", "create", source.name, "-f", str(order.out / "Modelfile")]
+    return facts_of(facts, notes, [shlex.join(create), shlex.join(["ollama", "run", source.name])])
 
 
 def read_template(source: Source) -> Reading:
@@ -71,7 +78,8 @@ def read_template(source: Source) -> Reading:
     settings = chat_settings(data, tokenizer, stops, source.today)
     context = context_of(read_config(source.folder))
     turns = None if settings.template is None else turns_of(settings)
-    return Reading(settings, turns, context and min(context, MOST_CONTEXT))
+    asked = asked_of(source.rows) if turns is None and source.rows else None
+    return Reading(settings, turns, context and min(context, MOST_CONTEXT), asked)
 
 
 def modelfile(name: str, reading: Reading, adds_bos: bool) -> tuple[str, list[str]]:
@@ -91,8 +99,8 @@ def template_text(reading: Reading, adds_bos: bool) -> tuple[str, list[str]]:
     settings, turns = reading.settings, reading.turns
     bos = settings.special.get("bos_token", "")
     if turns is None:
-        front = bos if settings.bos and not adds_bos else ""
-        return front + VERBATIM, ["the model has no chat template: what is asked goes to it as it is"]
+        text, note = plain_text(reading.asked)
+        return (bos if settings.bos and not adds_bos else "") + text, [note]
     notes = [f"the training template does what Ollama's cannot: {what}" for what in turns.untold]
     if (START, "system") not in turns.between:
         notes.append("the training template has no place for a system text: Ollama stops with an error at one")
@@ -104,6 +112,20 @@ def template_text(reading: Reading, adds_bos: bool) -> tuple[str, list[str]]:
         if not had:
             notes.append(f"llama.cpp puts {bos} in front, which the training template does not")
     return go_template(Turns(between)), notes
+
+
+def plain_text(asked: Asked | None) -> tuple[str, str]:
+    """The Go template of a model without a chat template, and the note on it."""
+    none = "the model has no chat template: what is asked goes"
+    if asked is None:
+        return VERBATIM, f"{none} to it as it is"
+    if asked.around is None:
+        what = f"to it as it is, without the prompt that its training rows had ({asked.name})"
+        return VERBATIM, f"{none} {what}: write that into the Modelfile's TEMPLATE"
+    before, behind = asked.around
+    if not before + behind:
+        return VERBATIM, f"{none} to it as it is, as its training rows were"
+    return literal(before) + VERBATIM + literal(behind), f"{none} into the prompt of its training rows ({asked.name})"
 
 
 def without_bos(between: Between, bos: str) -> tuple[Between, bool]:

@@ -8,7 +8,19 @@ import re
 from pathlib import Path
 
 from qlora_cli.errors import UserError
-from qlora_cli.export.source import ADAPTER_FILES, BASE_LINE, Facts, Order, Source, files_of, hand_on, refuse_place
+from qlora_cli.export.source import (
+    ADAPTER_FILES,
+    BASE_LINE,
+    Facts,
+    Order,
+    Source,
+    files_of,
+    hand_on,
+    places_in,
+    read_card,
+    refuse_place,
+    write_card,
+)
 from qlora_cli.model.adapter import WEIGHTS
 from qlora_cli.model.continued import CONFIG
 from qlora_cli.model.owner import OWNER
@@ -17,7 +29,7 @@ from qlora_cli.model.whole_folder import MANIFEST, fault, publish_new
 
 CARD = "README.md"
 BASE = "base_model_name_or_path"
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
 def write_peft(source: Source, order: Order) -> Facts:
@@ -44,7 +56,7 @@ def write_adapter(source: Source, base_name: str | None, place: Path) -> list[st
     if not (adapter / WEIGHTS).is_file():
         raise UserError(adapter, f"no {WEIGHTS} there", "name a PEFT folder with safetensors weights")
     check_header(adapter / WEIGHTS)
-    notes = hand_on(files_of(adapter, ADAPTER_FILES), place)
+    notes = hand_on(files_of(adapter, ADAPTER_FILES), place, (*source.places, *places_in(source.base)))
     if base_name is not None:
         config = read_json(place / CONFIG, "a PEFT adapter folder needs it") | {BASE: base_name}
         (place / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True))
@@ -54,21 +66,31 @@ def write_adapter(source: Source, base_name: str | None, place: Path) -> list[st
 
 
 def name_in_card(card: Path, base: str | None, name: str) -> None:
-    """Names the base of a card by `name`, in its front matter and in its title. base: what it was called before."""
-    text = card.read_text(encoding="utf-8")
-    line = f"base_model: {name}\n"
-    text = BASE_LINE.sub(line, text, count=1) if BASE_LINE.search(text) else text.replace("---\n", f"---\n{line}", 1)
+    """Names the base of a card by `name`, in its front matter and in its title. base: what it was called before.
+
+    A folder is no base_model that a hub takes, so the front matter names none then.
+    """
+    text = BASE_LINE.sub("", read_card(card), count=1)
+    if is_hub_id(name) and text.startswith("---\n"):
+        text = text.replace("---\n", f"---\nbase_model: {name}\n", 1)
     short = os.path.basename(base) if base is not None and os.path.isabs(base) else base
-    card.write_text(re.sub(rf"(LoRA adapter for ){re.escape(short or name)}", rf"\g<1>{name}", text), encoding="utf-8")
+    title = re.escape(short or name)
+    write_card(card, re.sub(rf"(LoRA adapter for ){title}", lambda found: found[1] + name, text))
 
 
 def named_base(source: Source, order: Order) -> str:
     """What the adapter's base is called. Raises UserError where nothing names it."""
-    base = order.base_name or source.base
+    base = order.base_name if order.base_name is not None else source.base
     if base is None:
         what = f"names no base model ({BASE})"
         raise UserError(source.folder / CONFIG, what, "name its hub id or folder with --base-name")
     return base
+
+
+def check_base_name(name: str) -> None:
+    """Raises UserError for a name that is neither a hub id nor a folder: it goes into JSON, YAML and command lines."""
+    if not (HUB_ID.fullmatch(name) or (os.path.isdir(name) and name.isprintable())):
+        raise UserError("--base-name", f"{name!r} is no hub id and no folder", "write it as USER/MODEL")
 
 
 def is_hub_id(name: str) -> bool:

@@ -11,17 +11,23 @@ from typing import Any
 from qlora_cli.errors import Exit, UserError
 
 TOKEN = "HF_TOKEN"
+USABLE = re.compile(r"[!-~]+")
+"""What a header can carry: libraries quote any other token in their messages."""
+
 REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 def check_push(repository: str) -> str:
-    """The token. Raises UserError for a name that is no USER/REPO, and (exit 4) where no token is set."""
+    """The token. Raises UserError for a name that is no USER/REPO, and (exit 4) where no usable token is set."""
     if not REPOSITORY.fullmatch(repository):
         raise UserError("--push", f"{repository!r} is no repository's name", "write it as USER/REPO")
     token = os.environ.get(TOKEN, "").strip()
     if not token:
         what = f"{TOKEN} is not set in the environment, and nothing else is read for a token"
         raise UserError("--push", what, f"run `export {TOKEN}=...` with a token that may write", Exit.ENVIRONMENT)
+    if not USABLE.fullmatch(token):
+        what = f"{TOKEN} holds spaces, line breaks or letters beyond ASCII, which no token has"
+        raise UserError("--push", what, "copy the token again, alone", Exit.ENVIRONMENT)
     return token
 
 
@@ -54,7 +60,8 @@ def push(path: Path, repository: str, private: bool, token: str) -> dict[str, An
 
 def _told(error: Exception, path: Path, repository: str, token: str) -> UserError:
     """The reason in one line, without the token."""
-    lines = [line.strip() for line in str(error).replace(token, "***").splitlines() if line.strip()]
+    text = str(error).replace(token, "***").replace(repr(token)[1:-1], "***")
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     reason = " ".join(lines)[:300] or type(error).__name__
     status = getattr(getattr(error, "response", None), "status_code", None)
     if status in (401, 403):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -10,10 +11,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.merge.companions import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from qlora_cli.recipe.schema import Source as Rows
 
 MODEL_FILES = (
     *("config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES),
@@ -23,9 +27,6 @@ MODEL_FILES = (
 
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "base.json", *TOKENIZER_FILES, "README.md")
 """What makes an adapter folder; its manifest is written anew."""
-
-PATH = re.compile(r"(?<![\w:/.~])/(?:[^\s/'\"`,;:()<>\[\]{}|]+/)+[^\s/'\"`,;:()<>\[\]{}|]+")
-"""A path from the root on, in a text for people; no part of a URL."""
 
 BASE_LINE = re.compile(r"^base_model: (.*)\n", re.MULTILINE)
 """The base in the front matter of a card."""
@@ -42,6 +43,8 @@ class Source:
     template_kwargs: data.chat_template_kwargs of the run.
     today:           what a template that prints the date gets.
     inputs:          folders that nothing may be written into.
+    rows:            data.train of the run, whose rows have prompts around them where there is no template.
+    places:          paths of this machine that a card loses.
     """
 
     folder: Path
@@ -52,6 +55,8 @@ class Source:
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     today: date = field(default_factory=date.today)
     inputs: tuple[Path, ...] = ()
+    rows: tuple[Rows, ...] = ()
+    places: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,11 @@ def refuse_place(out: Path, inputs: Iterable[Path]) -> None:
     for folder in inputs:
         if out.resolve().is_relative_to(folder.resolve()):
             raise UserError(out, f"lies in {folder}, which is exported", "name another place with --out", Exit.REFUSED)
+    try:
+        out.resolve().with_name(f".{out.resolve().name}.partial").lstat()  # the longest name that is made of it
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UserError(out, "is too long a name for this disk", "name a shorter one with --out") from error
     if os.path.lexists(out) and (out.is_symlink() or not out.is_dir() or any(out.iterdir())):
         raise UserError(out, "is there already, and nothing is overwritten", "name a new place with --out")
 
@@ -93,16 +103,16 @@ def files_of(folder: Path, patterns: Iterable[str]) -> list[Path]:
     return sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()})
 
 
-def hand_on(files: Iterable[Path], place: Path) -> list[str]:
+def hand_on(files: Iterable[Path], place: Path, places: Iterable[str] = ()) -> list[str]:
     """Puts the files into a folder: weights as hard links where that can be, the rest as copies.
 
-    A README loses the paths of this machine. Returns notes on what of this machine the files still name.
+    A README loses the `places`. Returns notes on what of this machine the files still name.
     """
     notes = []
     for file in files:
         target = place / file.name
         if file.suffix == ".md":
-            target.write_text(without_paths(_without_base(file.read_text(encoding="utf-8"))), encoding="utf-8")
+            write_card(target, without_places(_without_base(read_card(file)), places))
         elif file.suffix == ".safetensors":
             _link(file, target)
         else:
@@ -125,9 +135,38 @@ def _link(file: Path, target: Path) -> None:
         shutil.copyfile(file, target)
 
 
-def without_paths(text: str) -> str:
-    """The text with every path from the root on shortened to its last part: it tells others nothing but who we are."""
-    return PATH.sub(lambda found: found.group().rpartition("/")[2], text)
+def read_card(path: Path) -> str:
+    """A text for people; bytes that are no UTF-8 come through to `write_card`."""
+    return path.read_text(encoding="utf-8", errors="surrogateescape")
+
+
+def write_card(path: Path, text: str) -> None:
+    """Writes what `read_card` read."""
+    path.write_text(text, encoding="utf-8", errors="surrogateescape")
+
+
+def without_places(text: str, places: Iterable[str]) -> str:
+    """The text with each of the paths shortened to its last part, our home to ~; what is below them stays.
+
+    Only whole paths that are known: prose such as /v1/chat/completions has the form of one, and stays.
+    """
+    home = os.path.expanduser("~")
+    known = {name for place in (*places, home) for name in (place.rstrip("/"), os.path.realpath(place)) if name > "/"}
+    longest_first = "|".join(map(re.escape, sorted(known, key=len, reverse=True)))
+    homes = (home, os.path.realpath(home))
+    return re.sub(
+        rf"(?<![\w.-])({longest_first})(?![\w-]|\.\w)",
+        lambda found: "~" if found[1] in homes else os.path.basename(found[1]),
+        text,
+    )
+
+
+def places_in(value: Any) -> list[str]:
+    """Every text in a JSON value that is a path from the root on."""
+    if isinstance(value, dict | list):
+        inside = value.values() if isinstance(value, dict) else value
+        return [place for one in inside for place in places_in(one)]
+    return [value] if isinstance(value, str) and os.path.isabs(value) else []
 
 
 def paths_in(file: Path) -> list[tuple[str, str]]:

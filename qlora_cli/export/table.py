@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import json
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,10 +39,22 @@ class Exporter:
 def gguf(source: Source, order: Order) -> Facts:
     """The merged model as one file."""
     from qlora_cli.export.gguf import check_gguf, write_gguf
+    from qlora_cli.export.gguf_tokenizer import Trained
 
-    check_gguf(source.folder, order.file_type)
-    order.out.parent.mkdir(parents=True, exist_ok=True)
-    return facts_of(write_gguf(source.folder, order.out, order.file_type, order.say))
+    trained = Trained(source.template_kwargs, source.today)
+    check_gguf(source.folder, order.file_type, trained)
+    written = write_gguf(source.folder, order.out, order.file_type, order.say, trained)
+    return facts_of(written, *template_arguments(source, order.out))
+
+
+def template_arguments(source: Source, out: Path) -> tuple[list[str], list[str]]:
+    """A note and the command for a template with arguments, which a GGUF has no place for."""
+    if not source.template_kwargs:
+        return [], []
+    arguments = json.dumps(source.template_kwargs, sort_keys=True)
+    note = "a GGUF has no place for data.chat_template_kwargs: the server has to be told"
+    command = ["llama-server", "-m", str(out), "--jinja", "--chat-template-kwargs", arguments]
+    return [f"{note} {arguments}"], [shlex.join(command)]
 
 
 def gguf_lora(source: Source, order: Order) -> Facts:
@@ -49,7 +63,6 @@ def gguf_lora(source: Source, order: Order) -> Facts:
 
     base = base_folder(source)
     check_lora_gguf(source.folder, base)
-    order.out.parent.mkdir(parents=True, exist_ok=True)
     told = write_lora_gguf(source.folder, base, order.out, order.file_type, order.say)
     return facts_of(told, trained_otherwise(source))
 

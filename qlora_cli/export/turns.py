@@ -2,14 +2,14 @@
 
 In most templates that depends on the two roles alone: who spoke before, and who speaks now. Templates in another
 language than Jinja can say that much; what a template does beyond it is refused, or told in a note.
-
-    python -m qlora_cli.export.turns   reads pickled ChatSettings, and runs the template where limits hold
 """
 
 from __future__ import annotations
 
 import json
+import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,8 @@ from itertools import pairwise
 from qlora_cli.data.chat import Chat, ChatSettings, make_chat
 from qlora_cli.data.confine import confine, cpu_limit
 from qlora_cli.data.conversations import Message
-from qlora_cli.errors import UserError
+from qlora_cli.data.pool import COMMAND
+from qlora_cli.errors import Exit, UserError
 
 START, END = "start", "end"
 ROLES = ("system", "user", "assistant")
@@ -68,15 +69,26 @@ def turns_of(settings: ChatSettings, cpu_seconds: float = CPU_SECONDS) -> Turns:
 
     Raises UserError where the template is no such template.
     """
-    command = [sys.executable, "-m", "qlora_cli.export.turns"]
+    command = [sys.executable, "-P", "-c", COMMAND.replace("data.worker", "export.turns")]
     done = subprocess.run(command, input=pickle.dumps((settings, cpu_seconds)), capture_output=True)
     if done.returncode:
-        what = f"{settings.called} does not come to an end, or takes too much memory"
-        raise UserError("data.chat_template", what, "use a simpler template")
+        raise _death(settings, done.returncode, done.stderr.decode(errors="replace"), cpu_seconds)
     answer = json.loads(done.stdout)
     if "what" in answer:
         raise UserError(answer["where"], answer["what"], answer["todo"])
     return Turns({(before, role): text for before, role, text in answer["between"]}, tuple(answer["untold"]))
+
+
+def _death(settings: ChatSettings, code: int, told: str, cpu_seconds: float) -> UserError:
+    """Why the process ended: a limit that the template met, or what it said last."""
+    memory = f"needs more than {MEMORY_BYTES // 2**20:,} MiB of memory"
+    limits = {-signal.SIGABRT: memory, -signal.SIGSEGV: memory}
+    limits[-signal.SIGPROF] = f"does not come to an end within {cpu_seconds:g} s of processor time"
+    if code in limits:
+        return UserError("data.chat_template", f"{settings.called} {limits[code]}", "use a simpler template")
+    last = (told.strip().splitlines() or ["it said nothing"])[-1]
+    what = f"the process that renders it ended with exit status {code}: {last}"
+    return UserError(settings.called, what, "report this with the template", Exit.FAILED)
 
 
 def main() -> None:
@@ -87,6 +99,8 @@ def main() -> None:
         with cpu_limit(cpu_seconds):
             turns = find_turns(make_chat(settings))
     except UserError as error:
+        if isinstance(error.__cause__, MemoryError):
+            os.abort()
         print(json.dumps({"where": error.where, "what": error.what, "todo": error.todo}))
         return
     print(json.dumps({"between": [[*pair, text] for pair, text in turns.between.items()], "untold": turns.untold}))
@@ -188,7 +202,3 @@ def _pieces(chat: Chat, roles: Sequence[str]) -> list[str]:
             raise chat.refused(f"does not write the {role}'s text where it stands", "the chat template")
         pieces.append(piece)
     return [*pieces, rest]
-
-
-if __name__ == "__main__":
-    main()

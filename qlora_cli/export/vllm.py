@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -48,6 +49,8 @@ CANNOT: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 """Keys of adapter_config.json, when they are in the way, and what the adapter has then (vllm/lora/peft_helper.py)."""
 
+TEMPLATE = "chat_template.jinja"
+
 SCRIPT = """#!/bin/sh
 # Written by qlora. Options of `vllm serve` may follow: ./serve.sh --port 8001
 cd "$(dirname "$0")" && exec {command} "$@"
@@ -76,7 +79,7 @@ def write_vllm(source: Source, order: Order) -> Facts:
     notes: list[str] = []
 
     def write(place: Path) -> None:
-        notes.extend(hand_on(files_of(source.folder, MODEL_FILES), place))
+        notes.extend(hand_on(files_of(source.folder, MODEL_FILES), place, source.places))
         write_script(place, ["vllm", "serve", ".", *options])
 
     publish_new(order.out, write)
@@ -93,16 +96,18 @@ def write_vllm_lora(source: Source, order: Order) -> Facts:
     refuse_unable(source.folder, known)
     refuse_place(order.out, source.inputs)
     base = named_base(source, order)
+    base = os.path.abspath(base) if os.path.isdir(base) else base  # serve.sh starts elsewhere
     rank = next(rank for rank in RANKS if rank >= known["r"])
-    served = ["--enable-lora", "--max-lora-rank", str(rank), *template_options(source), "--lora-modules"]
+    served = ["--enable-lora", "--max-lora-rank", str(rank), *template_options(source)]
     notes: list[str] = []
 
     def write(place: Path) -> None:
         notes.extend(write_adapter(source, order.base_name, place))
-        write_script(place, ["vllm", "serve", base, *served, f"{source.name}=."])
+        write_template(place)
+        write_script(place, lora_command(source, base, served, place, Path()))
 
     publish_new(order.out, write)
-    command = shlex.join(["vllm", "serve", base, *served, f"{source.name}={order.out}"])
+    command = shlex.join(lora_command(source, base, served, order.out, order.out.absolute()))
     if not is_hub_id(base):
         notes.append(f"the base is a folder of this machine, {base}: --base-name HUB/ID names it as others find it")
     return Facts({"base": base, "rank": known["r"], "max_lora_rank": rank}, notes, [command])
@@ -123,8 +128,28 @@ def refuse_unable(adapter: Path, known: dict[str, Any]) -> None:
         raise UserError(adapter / CONFIG, f"r is {known['r']}, and vLLM takes up to {RANKS[-1]}", MERGE)
 
 
+def write_template(place: Path) -> None:
+    """chat_template.jinja beside an adapter whose template is a key of its tokenizer_config.json."""
+    config = place / "tokenizer_config.json"
+    if (place / TEMPLATE).exists() or not config.is_file():
+        return
+    template = read_json(config, "it is a tokenizer's").get("chat_template")
+    if isinstance(template, str):
+        (place / TEMPLATE).write_text(template, encoding="utf-8")
+
+
+def lora_command(source: Source, base: str, served: list[str], place: Path, called: Path) -> list[str]:
+    """The command that serves the adapter in `place`, which it calls by another path.
+
+    vLLM takes the template of the base, not of an adapter.
+    """
+    template = ["--chat-template", f"./{TEMPLATE}" if called == Path() else str(called / TEMPLATE)]
+    options = [*served, *(template if (place / TEMPLATE).is_file() else [])]
+    return ["vllm", "serve", base, *options, "--lora-modules", f"{source.name}={called}"]
+
+
 def template_options(source: Source) -> list[str]:
-    """What makes vLLM render conversations as in training: it finds the template itself, but not its arguments."""
+    """The arguments of the template, which vLLM cannot know."""
     if not source.template_kwargs:
         return []
     return ["--default-chat-template-kwargs", json.dumps(source.template_kwargs, sort_keys=True)]

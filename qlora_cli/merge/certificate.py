@@ -26,21 +26,23 @@ class Certificate:
     """Unmerged against merged over the same rows; `to_json` is what merge.json and the model card have.
 
     rows: number of them, from `data`, a role of the recipe. loss_unmerged, loss_merged: nats per target.
-    limit: of difference.mean_kl; None where what it costs is asked for, and not whether it is little.
+    limit: of difference.mean_kl; None where what it costs is asked for, and not whether it is little; then nothing
+    holds or does not. default_limit: that of the data types, where nobody asks for another.
     """
 
     difference: Difference
     loss_unmerged: float
     loss_merged: float
     limit: float | None
+    default_limit: float | None
     rows: int
     data: str
     manner: Manner
 
     @property
-    def held(self) -> bool:
+    def held(self) -> bool | None:
         """Whether the merged model is near enough."""
-        return self.limit is None or self.difference.mean_kl <= self.limit
+        return None if self.limit is None else self.difference.mean_kl <= self.limit
 
     def to_json(self) -> dict[str, Any]:
         """A flat object."""
@@ -58,10 +60,14 @@ def limit_of(compute_dtype: str, dtype: str, onto: str, data_type: str) -> float
     return max(limits)
 
 
-def certify(unmerged: Seen, merged: Seen, limit: float | None, rows: tuple[int, str], manner: Manner) -> Certificate:
+Limits = tuple[float | None, float | None]
+"""The limit that is applied, and that of the data types."""
+
+
+def certify(unmerged: Seen, merged: Seen, limits: Limits, rows: tuple[int, str], manner: Manner) -> Certificate:
     """Compares what both models say. Raises UserError (exit code FAILED) where the merged one's logits are not finite.
 
     rows: their number, and what they are.
     """
     difference = compare(unmerged.logits, merged.logits)
-    return Certificate(difference, unmerged.loss, merged.loss, limit, *rows, manner)
+    return Certificate(difference, unmerged.loss, merged.loss, *limits, *rows, manner)

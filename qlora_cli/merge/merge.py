@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from qlora_cli import __version__
 from qlora_cli.errors import UserError
 from qlora_cli.merge.adapter_delta import Rows, Update, plan_updates, read_adapter
 from qlora_cli.merge.behind import Behind
@@ -25,8 +26,12 @@ from qlora_cli.model.heads import needs_packed
 from qlora_cli.model.layout import Layout, Made, read_layout
 from qlora_cli.model.ordinary import ordinary
 from qlora_cli.model.safetensors_stream import INDEX, SINGLE, Entry, disk, read_entries
+from qlora_cli.model.whole_folder import sha256
 from qlora_cli.quant.layers import layer_values, packed_config
 from qlora_cli.recipe.schema import Quantization
+
+PACKAGES = ("torch", "transformers", "bitsandbytes")
+"""Those whose next version may round otherwise."""
 
 OnTensor = Callable[[str, int], None]
 """Called after each tensor with its name and its bytes written."""
@@ -104,12 +109,12 @@ class _Plan:
         """JSON of all that decides what is written: an unfinished merge of other inputs is not gone on with."""
         files = sorted(path for path in self.base.checkpoint.folder.iterdir() if path.is_file())
         stats = {path.name: path.stat() for path in files}
-        adapter = hashlib.sha256(self.adapter.weights.read_bytes()).hexdigest()
         settings = {**vars(self.how), "quantized_modules": sorted(self.how.quantized_modules), "made": None}
         return {
             "base": str(self.base.checkpoint.folder.resolve()),
             "files": {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()},
-            "adapter": [adapter, self.adapter.config],
+            "adapter": [sha256(self.adapter.weights), self.adapter.config],
+            "versions": {"qlora": __version__, **{name: version(name) for name in PACKAGES}},
             "task": None if self.how.made is None else self.how.made.task,
             **{name: str(value) for name, value in settings.items()},
         }

@@ -20,7 +20,7 @@ from qlora_cli.model.source import read_config
 from qlora_cli.model.whole_folder import replace_text
 from qlora_cli.quant.data_types import QUANT_METHOD
 from qlora_cli.train.card import MERGED as RECORD
-from qlora_cli.train.card import refresh, with_place
+from qlora_cli.train.card import refresh, short, with_place
 
 CARD = """---
 base_model: {base}
@@ -82,7 +82,7 @@ def write_record(folder: Path, trained: Trained, result: dict[str, Any]) -> None
     task, kind = trained.recipe.model.task, result["dtype"]
     packed = method_of(read_config(folder)) == QUANT_METHOD
     card = CARD.format(
-        base=trained.recipe.model.name_or_path,
+        base=short(trained.recipe.model.name_or_path),
         pipeline=PIPELINES[task],
         version=__version__,
         quantized="" if kind in DTYPES else f" and quantised to {kind}",

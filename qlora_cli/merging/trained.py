@@ -11,7 +11,6 @@ from tokenizers import Tokenizer
 from qlora_cli.errors import Exit, UserError
 from qlora_cli.evaluation import digest_of, refuse_damaged
 from qlora_cli.merge.merge import Base as Onto
-from qlora_cli.merging.wanted import Wanted
 from qlora_cli.model.base import Found, find_base
 from qlora_cli.model.owner import start_of
 from qlora_cli.model.prequantized import method_of
@@ -64,15 +63,22 @@ def refuse_other_tokenizer(adapter: Path, found: Found) -> None:
         raise UserError(file, what, "bring back the tokenizer that was trained with", Exit.REFUSED)
 
 
-def merged_before(trained: Trained, onto: Onto, out: Path, wanted: Wanted) -> dict[str, Any] | None:
-    """merge.json of a whole merge of this adapter, of which more is wanted: the other base, or to quantise it."""
-    more = wanted.quantize or len(wanted.bases) > 1
-    if not more or not (out / RECORD).is_file():
+def merged_before(trained: Trained, onto: Onto, out: Path, dtype: str | None) -> dict[str, Any] | None:
+    """merge.json of a folder that is this very merge already, but for its certificate; None for any other.
+
+    Raises UserError for another merge of the same adapter, with what is different.
+    """
+    if not (out / RECORD).is_file():
         return None
     found = read_json(out / RECORD, "it says what was merged")
-    dtype = wanted.dtype or trained.recipe.quantization.compute_dtype
-    same = {"adapter_digest": digest_of(trained.run.adapter), "base": onto, "dtype": dtype}
-    return found if all(found.get(name) == value for name, value in same.items()) else None
+    if found.get("adapter_digest") != digest_of(trained.run.adapter):
+        return None
+    wanted = {"base": onto, "dtype": dtype or trained.recipe.quantization.compute_dtype}
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            what = f"it is there with {name} {found.get(name)}, and {value} is asked for; nothing is overwritten"
+            raise UserError(out, what, "name a new folder with --out")
+    return found | {"out": str(out)}
 
 
 def refuse_original(folder: Path, onto: str) -> None:

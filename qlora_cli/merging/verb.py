@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qlora_cli.merge.certificate import Certificate, certify, limit_of
+from qlora_cli.merge.certificate import Certificate, Limits, certify, limit_of
 from qlora_cli.merge.difference import seen
 from qlora_cli.merge.merge import Base as Onto
 from qlora_cli.merge.merge import How, Merged, merge_adapter
 from qlora_cli.merge.partial import place_of, refuse_inside, refuse_taken
 from qlora_cli.merge.place import load_merged, manner_of
 from qlora_cli.merging.asking import MOST_BYTES, Unmerged, forward_on, measure_unmerged
-from qlora_cli.merging.record import DTYPES, record, write_record
+from qlora_cli.merging.record import DTYPES, RECORD, record, write_record
 from qlora_cli.merging.trained import Trained, merged_before, open_run, refuse_original
 from qlora_cli.merging.wanted import Wanted, places, quantized_place
 from qlora_cli.model.base import default_device, find_base, load_base, quiet_loading
 from qlora_cli.model.layout import Made
 from qlora_cli.model.safetensors_stream import disk
 from qlora_cli.model.stored_base import Making, on_stored_base
+from qlora_cli.model.whole_folder import replace_text
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.schema import Adapter, Quantization
 from qlora_cli.train.base import quantize_base
@@ -45,7 +47,7 @@ def merge(folder: Path, recipe: Recipe, report: Report, wanted: Wanted) -> dict[
     """
     trained = open_run(folder, recipe)
     outs = places(trained.run, wanted)
-    there = {onto: known for onto, out in outs.items() if (known := merged_before(trained, onto, out, wanted))}
+    there = {onto: known for onto, out in outs.items() if (known := merged_before(trained, onto, out, wanted.dtype))}
     for onto, out in outs.items():
         refuse_original(trained.found.folder, onto)
         read = {"the base": trained.found.folder, "the adapter": trained.run.adapter}
@@ -55,32 +57,48 @@ def merge(folder: Path, recipe: Recipe, report: Report, wanted: Wanted) -> dict[
     unmerged = measure_unmerged(trained, report, wanted) if wanted.verify else None
     merges = []
     for onto, out in outs.items():
-        merges.append(there.get(onto) or merge_onto(trained, onto, out, unmerged, (wanted, report)))
+        if onto in there:
+            report.say(f"there    {out} is of this adapter, base and data type already, and its weights stay")
+            merges.append(certify_again(trained, onto, there[onto], unmerged, wanted))
+        else:
+            merges.append(merge_onto(trained, onto, out, unmerged, (wanted, report)))
         if wanted.quantize and merges[-1]["out"] is not None:
             merges.append(quantize_merged(trained, merges[-1], unmerged, (wanted, report)))
     if any(one["out"] == str(trained.run.folder / "merged") for one in merges):
         refresh(trained.run.adapter, trained.run, trained.recipe)
-    return {"held": all(one["out"] is not None for one in merges), "merges": merges}
+    fallen = [one for one in merges if one["certificate"] and one["certificate"]["held"] is False]
+    return {"held": not fallen, "merges": merges}
+
+
+def how_of(trained: Trained, onto: Onto, wanted: Wanted) -> How:
+    """How a merge of the run is made."""
+    recipe, found = trained.recipe, trained.found
+    made = None if found.task == "causal_lm" else Made(found.task, found.config)
+    modules = () if trained.stored else trained.facts["base"]["quantized_modules"]
+    compute_dtype = recipe.quantization.compute_dtype
+    dtype = wanted.dtype or compute_dtype
+    return How(recipe.quantization, DTYPES[compute_dtype], onto, DTYPES[dtype], modules, default_device(), made)
+
+
+def limits_of(trained: Trained, onto: Onto, wanted: Wanted) -> Limits:
+    """The limit that is asked for, or that of the data types, and the latter."""
+    quantization = trained.recipe.quantization
+    dtype = wanted.dtype or quantization.compute_dtype
+    default = limit_of(quantization.compute_dtype, dtype, onto, quantization.data_type)
+    return default if wanted.max_kl is None else wanted.max_kl, default
 
 
 def merge_onto(
     trained: Trained, onto: Onto, out: Path, unmerged: Unmerged | None, asked: tuple[Wanted, Report]
 ) -> dict[str, Any]:
     """One merge with its certificate, which is in the folder before it gets its name; JSON of both."""
-    (wanted, report), recipe = asked, trained.recipe
-    compute_dtype = DTYPES[recipe.quantization.compute_dtype]
-    dtype = wanted.dtype or recipe.quantization.compute_dtype
-    made = None if trained.found.task == "causal_lm" else Made(trained.found.task, trained.found.config)
-    modules = () if trained.stored else trained.facts["base"]["quantized_modules"]
-    how = How(recipe.quantization, compute_dtype, onto, DTYPES[dtype], modules, default_device(), made)
-    limit = wanted.max_kl
-    if limit is None:
-        limit = limit_of(recipe.quantization.compute_dtype, dtype, onto, recipe.quantization.data_type)
-    result: dict[str, Any] = {}
+    wanted, report = asked
+    how, result = how_of(trained, onto, wanted), dict[str, Any]()
 
     def finish(aside: Path, merged: Merged) -> None:
         report.say(told(merged, onto, unmerged is not None))
-        found = None if unmerged is None else certificate_of(aside, merged, how, unmerged, limit)
+        limits = limits_of(trained, onto, wanted)
+        found = None if unmerged is None else certificate_of(aside, merged.num_bytes, how, unmerged, limits)
         result.update(record(trained, merged, how, found, unmerged))
         with disk(out, merged.num_bytes):
             write_record(aside, trained, result)
@@ -94,6 +112,21 @@ def merge_onto(
     return result
 
 
+def certify_again(
+    trained: Trained, onto: Onto, known: dict[str, Any], unmerged: Unmerged | None, wanted: Wanted
+) -> dict[str, Any]:
+    """A merge that is there already with a new certificate, of the rows and the limit that are asked for now."""
+    if unmerged is None:
+        return known
+    folder, how = Path(known["out"]), how_of(trained, onto, wanted)
+    found = certificate_of(folder, known["bytes"], how, unmerged, limits_of(trained, onto, wanted))
+    result = known | {"same_base": unmerged.same_base, "verified": True, "certificate": found.to_json()}
+    with disk(folder, 0):
+        replace_text(folder / RECORD, json.dumps(result, indent=1))
+        refresh(folder, trained.run, trained.recipe, result)
+    return result
+
+
 def told(merged: Merged, onto: str, verified: bool) -> str:
     """What a merge did, in a line."""
     quantizing = f", {merged.quantize_seconds:.1f} s of them quantising" if merged.quantize_seconds >= 0.05 else ""
@@ -103,14 +136,14 @@ def told(merged: Merged, onto: str, verified: bool) -> str:
     return f"merged   {changed} onto the {onto} base in {merged.seconds:.1f} s{quantizing}{end}"
 
 
-def certificate_of(folder: Path, merged: Merged, how: How, unmerged: Unmerged, limit: float) -> Certificate:
+def certificate_of(folder: Path, num_bytes: int, how: How, unmerged: Unmerged, limits: Limits) -> Certificate:
     """Runs the merged model over the rows that the unmerged one has read."""
-    manner, device = manner_of(merged.num_bytes, torch.device(how.device))
+    manner, device = manner_of(num_bytes, torch.device(how.device))
     task = how.made.task if how.made else "causal_lm"
     with quiet_loading():
         model = load_merged(folder, task, how.dtype, manner, device)
     said = seen(model, unmerged.batches, forward_on(task, device), MOST_BYTES)
-    return certify(unmerged.said, said, limit, unmerged.rows, manner)
+    return certify(unmerged.said, said, limits, unmerged.rows, manner)
 
 
 def quantize_merged(
@@ -131,7 +164,7 @@ def quantize_merged(
         base = load_base(on_stored_base(recipe, out), default_device())
         with base.compute():
             said = seen(base.model, unmerged.batches, forward_on(base.task, base.device), MOST_BYTES)
-        certificate = certify(unmerged.said, said, None, unmerged.rows, "whole").to_json()
+        certificate = certify(unmerged.said, said, (None, None), unmerged.rows, "whole").to_json()
     size = sum(path.stat().st_size for path in out.glob("*.safetensors"))
     made = {"out": str(out), "base": "merged", "dtype": kind, "bytes": size, "seconds": seconds}
     result = merged | made | {"quantize_seconds": 0.0, "certificate": certificate}

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 import re
+import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,9 @@ from qlora_cli.quant.linear4bit import reads_plainly
 from qlora_cli.recipe.schema import Adapter
 
 WEIGHTS = "adapter_model.safetensors"
+
+_PEFT_S = re.compile(r"(^|\.)(base_model|base_layer|lora_\w+|default|modules_to_save|original_module|model)$|\.lora_")
+"""Modules that PEFT has put into the model, and the model that it wraps."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,8 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
         config.inference_mode = not trainable
         refuse_other_base(base.folder, folder, config.base_model_name_or_path)
         check_config(base.model, config, base.added_ids)
-        model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable, config=config)
+        with quiet_about_ties():
+            model = peft.PeftModel.from_pretrained(base.model, str(folder), is_trainable=trainable, config=config)
     except (ValueError, TypeError, KeyError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(
@@ -107,6 +114,14 @@ def load_adapter(base: Base, folder: Path, *, trainable: bool = False) -> Any:
     # again, now into fp32: PEFT had loaded modules_to_save into copies in the base's dtype
     peft.set_peft_model_state_dict(model, load_file(folder / WEIGHTS))
     return fuse_adapter(model)
+
+
+@contextmanager
+def quiet_about_ties() -> Iterator[None]:
+    """Without PEFT's warning of a tied weight that is trained on one side: a merge unties it, and says so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings")
+        yield
 
 
 def refuse_elsewhere(model: Any, base: Base) -> None:
@@ -247,7 +262,7 @@ def check_patterns(model: Any, adapter: Adapter) -> None:
             where = f"adapter.{key}"
             if not any(_compiled(rf"(?:.*\.)?(?:{pattern})", where).fullmatch(name) for name in adapted):
                 raise _no_match(where, pattern, adapted)
-    modules = [name for name, _ in model.named_modules()]
+    modules = [name for name, _ in model.named_modules() if not _PEFT_S.search(name)]
     for wanted in adapter.modules_to_save:
         if not any(_is_suffix(wanted, name) for name in modules):
             raise _no_match("adapter.modules_to_save", wanted, modules)
@@ -317,5 +332,7 @@ def _compiled(pattern: str, where: str) -> re.Pattern[str]:
 
 def _no_match(where: str, target: str, names: list[str]) -> UserError:
     """What would match: the last parts of the names, each once."""
-    known = sorted({name.rsplit(".", 1)[-1] for name in names if name})
-    return UserError(where, f"{target!r} matches no module", f"choose from {', '.join(known)}")
+    known = sorted({last for name in names if name and not (last := name.rsplit(".", 1)[-1]).isdigit()})
+    near = get_close_matches(target, known, 1)
+    todo = f"perhaps {near[0]}? Possible are {', '.join(known)}" if near else f"choose from {', '.join(known)}"
+    return UserError(where, f"{target!r} matches no module", todo)

@@ -51,7 +51,7 @@ model = PeftModel.from_pretrained(base, "this/folder/{init}_init", is_trainable=
 ```
 """
 
-NO_COMPANIONS = ("config.json", MANIFEST)
+NO_COMPANIONS = ("config.json", MANIFEST, "merge.json")
 """Files of a model folder that a base made of it has of its own."""
 
 

@@ -72,6 +72,8 @@ def _publish(folder: Path, write: Callable[[Path], object], name: Callable[[File
         write(aside)
         inside = sorted(aside.rglob("*"))
         for path in inside:
+            if path.is_file():  # safetensors writes for its owner alone
+                path.chmod(path.stat().st_mode | aside.stat().st_mode & 0o444)
             sync(path)
         files = [path for path in inside if path.is_file() and path.name not in UNSIGNED]
         described: Files = {str(p.relative_to(aside)): {"size": p.stat().st_size, "sha256": sha256(p)} for p in files}

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from qlora_cli.report.charts import Chart, Kind, Point, Series, smoothed
-from qlora_cli.report.reading import RunFiles, number
+from qlora_cli.report.reading import RunFiles, number, section
 
 SMOOTHED_FROM = 60
 """What was logged so many times is shown as a mean too, over a 25th of them."""
@@ -32,7 +32,7 @@ def charts(run: RunFiles) -> list[Chart]:
 
 def loss_unit(run: RunFiles) -> str:
     """What a loss is measured in."""
-    task = (run.recipe.get("model") or {}).get("task")
+    task = section(run.recipe, "model").get("task")
     return "nats per token" if task in ("causal_lm", "seq2seq_lm") else "loss"
 
 
@@ -76,7 +76,7 @@ def memory(run: RunFiles) -> Chart:
     size, unit = next((pair for pair in UNITS if top >= pair[0]), UNITS[-1])
     taken = points(run.steps, "memory_bytes", size)
     series = [Series("measured", taken)] if taken else []
-    planned = number((run.facts.get("plan") or {}).get("memory_bytes"))
+    planned = number(section(run.facts, "plan").get("memory_bytes"))
     if taken and planned and not on_cpu(run):
         ends = [(0.0, planned / size), (taken[-1][0], planned / size)]
         series.append(Series("planned", ends, "limit"))
@@ -92,9 +92,9 @@ def on_cpu(run: RunFiles) -> bool:
 
 def shares(run: RunFiles) -> Iterator[Series]:
     """Up to two figures of evaluations that are shares: the one that chooses the best adapter, and the first other."""
-    best = (run.recipe.get("evaluation") or {}).get("best_metric")
+    best = section(run.recipe, "evaluation").get("best_metric")
     names = dict.fromkeys(name for line in run.evaluations for name in line if name.endswith(SHARES))
-    first = [best] if best in names else []
+    first = [name for name in names if name == best]
     chosen = [*first, *(name for name in names if name != best)][:2]
     kinds: tuple[Kind, Kind] = ("main", "second")
     for name, kind in zip(chosen, kinds, strict=False):

@@ -9,7 +9,7 @@ from typing import Any
 
 from qlora_cli.report.curves import UNITS, on_cpu, points
 from qlora_cli.report.page import escaped, table
-from qlora_cli.report.reading import RunFiles, number
+from qlora_cli.report.reading import RunFiles, number, section
 
 Pairs = Iterator[tuple[str, str]]
 
@@ -43,7 +43,7 @@ def loss_of(models: dict[str, Any]) -> str:
 
 def state(run: RunFiles) -> str:
     """How far the run is."""
-    total = number((run.facts.get("plan") or {}).get("steps"))
+    total = number(section(run.facts, "plan").get("steps"))
     of = f" of {total:,.0f}" if total else ""
     if run.finished:
         return f"finished at step {run.last_step:,}{of}"
@@ -52,18 +52,18 @@ def state(run: RunFiles) -> str:
 
 def facts(run: RunFiles) -> Pairs:
     """The recipe's main keys, the data, the machine and the versions."""
-    model, quantization, adapter = (section(run, name) for name in ("model", "quantization", "adapter"))
-    data, training = section(run, "data"), section(run, "training")
+    model, quantization, adapter = (section(run.recipe, name) for name in ("model", "quantization", "adapter"))
+    data, training = section(run.recipe, "data"), section(run.recipe, "training")
     yield "state", state(run)
     yield "model", f"{model.get('name_or_path')}{_if(model.get('revision'), ', revision {}')}, {model.get('task')}"
     double = ", double quantisation" if quantization.get("double_quant") else ""
-    dtype = (run.facts.get("base") or {}).get("compute_dtype") or quantization.get("compute_dtype")
+    dtype = section(run.facts, "base").get("compute_dtype") or quantization.get("compute_dtype")
     kind = quantization.get("data_type")
     stored = "none" if kind == "none" else f"{kind}, blocks of {quantization.get('block_size')}{double}"
     yield "quantisation", f"{stored}; computes in {dtype}"
     yield "adapter", "".join([
         f"r {adapter.get('r')}, alpha {_plain(adapter.get('alpha'))}, dropout {_plain(adapter.get('dropout'))}, on ",
-        listed(adapter.get("target_modules")), f", init {adapter.get('init')}",
+        names(adapter.get("target_modules")), f", init {adapter.get('init')}",
         ", rsLoRA" if adapter.get("use_rslora") else "", ", DoRA" if adapter.get("use_dora") else "",
     ])  # fmt: skip
     yield "training data", trained_on(run, data.get("train"))
@@ -119,8 +119,8 @@ def plan_table(run: RunFiles) -> str:
 
 def plan_rows(run: RunFiles) -> Iterator[Sequence[str]]:
     """A name, what was planned of it, what came; a dash where nobody knows."""
-    plan = run.facts.get("plan") or {}
-    training, data = section(run, "training"), run.facts.get("data") or {}
+    plan = section(run.facts, "plan")
+    training, data = section(run.recipe, "training"), section(run.facts, "data")
     steps, done = number(plan.get("steps")), run.last_step
     yield "optimizer steps", "–" if steps is None else f"{steps:,.0f}", f"{done:,}"
     epochs = points(run.steps, "epoch")
@@ -143,7 +143,7 @@ def plan_rows(run: RunFiles) -> Iterator[Sequence[str]]:
 
 def plan_notes(run: RunFiles) -> Iterator[str]:
     """What must be known to read the table."""
-    plan = run.facts.get("plan")
+    plan = section(run.facts, "plan")
     if not plan:
         yield "This run stored no plan: it was begun by an earlier version."
     elif plan.get("memory_bytes") is None:
@@ -158,7 +158,7 @@ def plan_notes(run: RunFiles) -> Iterator[str]:
 
 def training_seconds(run: RunFiles) -> float | None:
     """Time in optimizer steps: of each logged stretch its trained tokens over its speed. None where that is unknown."""
-    tokens = number((run.facts.get("data") or {}).get("trained_tokens"))
+    tokens = number(section(run.facts, "data").get("trained_tokens"))
     if not tokens:
         return None
     total = before = 0.0
@@ -167,13 +167,7 @@ def training_seconds(run: RunFiles) -> float | None:
         if epoch is None or not speed:
             return None
         total, before = total + max(0.0, epoch - before) * tokens / speed, epoch
-    return total or None
-
-
-def section(run: RunFiles, name: str) -> dict[str, Any]:
-    """A section of the recipe; empty where an older one lacks it."""
-    found = run.recipe.get(name)
-    return found if isinstance(found, dict) else {}
+    return number(total) or None
 
 
 def paths(sources: Any) -> str:
@@ -182,7 +176,7 @@ def paths(sources: Any) -> str:
     return ", ".join(Path(str(one.get("path"))).name or str(one.get("path")) for one in found) or "none"
 
 
-def listed(value: Any) -> str:
+def names(value: Any) -> str:
     """A name, or names behind each other."""
     return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
 

@@ -9,7 +9,7 @@ from typing import Any
 from qlora_cli.data.rows import count
 from qlora_cli.display_evaluation import figure
 from qlora_cli.report.page import escaped, table
-from qlora_cli.report.reading import RunFiles, Sample, number
+from qlora_cli.report.reading import RunFiles, Sample, listed, number, section
 from qlora_cli.report.scales import in_words
 
 MOST_CHARACTERS = 2000
@@ -40,15 +40,15 @@ def evaluations(run: RunFiles) -> str:
 def suite_table(place: str, suite: dict[str, Any]) -> str:
     """The figures of a suite, each with its 95% interval below it."""
     models = {name: found for name, found in suite["models"].items() if isinstance(found, dict)}
-    differences = [one for one in suite.get("differences") or () if isinstance(one, dict)]
+    differences = [one for one in listed(suite, "differences") if isinstance(one, dict)]
     head = ["", *map(escaped, models)]
     head += [f"{escaped(one.get('of'))} − {escaped(one.get('to'))}" for one in differences]
     rows = []
     for label in dict.fromkeys(label for found in models.values() for label in found):
         cells = [estimate(label, found.get(label)) for found in models.values()]
-        cells += [estimate(label, (one.get("figures") or {}).get(label), signed=True) for one in differences]
+        cells += [estimate(label, section(one, "figures").get(label), signed=True) for one in differences]
         rows.append([escaped(label.replace("_", " ")), *cells])
-    notes = "".join(f"<p>{escaped(note)}</p>" for note in suite.get("notes") or ())
+    notes = "".join(f"<p>{escaped(note)}</p>" for note in listed(suite, "notes"))
     rows_told = count(int(number(suite.get("rows")) or 0), "row")
     return f"<h3>{escaped(place)}, {rows_told}</h3>{scrolling(table(head, rows, named=True))}{notes}"
 
@@ -94,7 +94,7 @@ def merged(merge: dict[str, Any]) -> str:
         return f"<p>Merged ({escaped(about)}) without being compared with the unmerged model.</p>"
     held = certificate.get("held")
     verdict = " The certificate holds." if held else " <strong>The certificate does not hold.</strong>"
-    if held is None or certificate.get("limit", 0) is None:  # nobody asked whether the difference is little
+    if not isinstance(held, bool) or certificate.get("limit", 0) is None:  # nobody asked whether it is little
         verdict = ""
     rows = [
         [escaped(words_of(words)), escaped(told(words, value))] for words, value in flat(certificate) if words != "held"

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from qlora_cli.errors import UserError
+from qlora_cli.recipe.located_yaml import read_yaml
 
 SHOWN_SAMPLES = 4
 """Answers that are shown of each suite."""
+
+LEAST, LARGEST = 1e-300, 1e300
+"""Between them is the size of every number but 0 that is shown: what is reckoned with them has room for a while."""
+
+LAST_STEP = 1e15
+"""No run is that long."""
+
+MOST_LEVELS = 50
+"""Of objects in objects, which would exhaust the stack when they are shown."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +66,9 @@ def read_run(folder: Path) -> RunFiles:
     if not resolved.is_file():
         raise UserError(folder, "no run folder (no resolved.yaml)", "name the output_dir of a run")
     try:
-        recipe = yaml.safe_load(resolved.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(
-            resolved, f"no recipe: {str(error).splitlines()[0]}", "train again: it is written anew"
-        ) from None
-    if not isinstance(recipe, dict):
-        raise UserError(resolved, "no recipe", "train again: it is written anew")
+        recipe, _ = read_yaml(resolved)
+    except UserError as error:
+        raise UserError(resolved, f"no recipe: {error.what}", "train again: it is written anew") from None
     notes: list[str] = []
     lines = [*metrics_of(folder / "metrics.jsonl", notes)]
     suites = dict(suites_of(folder / "eval", notes))
@@ -89,13 +92,24 @@ def read_object(path: Path, notes: list[str]) -> dict[str, Any] | None:
         return None
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         notes.append(f"{path} could not be read: {error}")
         return None
-    if not isinstance(found, dict):
-        notes.append(f"{path} could not be read: it holds no JSON object")
+    if not isinstance(found, dict) or is_deep(found):
+        notes.append(f"{path} could not be read: it holds no JSON object of ours")
         return None
     return found
+
+
+def is_deep(found: Any) -> bool:
+    """Whether something is nested in more than MOST_LEVELS levels."""
+    level = [found]
+    for _ in range(MOST_LEVELS):
+        insides = [
+            list(one.values()) if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)
+        ]
+        level = [one for inside in insides for one in inside]
+    return bool(level)
 
 
 def objects_in(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
@@ -108,7 +122,7 @@ def objects_in(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
             found = json.loads(line)
         except (ValueError, RecursionError):
             found = None
-        if isinstance(found, dict):
+        if isinstance(found, dict) and not is_deep(found):
             yield found
         else:
             torn += 1
@@ -120,8 +134,8 @@ def metrics_of(path: Path, notes: list[str]) -> Iterator[dict[str, Any]]:
     """The lines of metrics.jsonl with a step, their numbers as they are; where a step is there twice, the later one."""
     found: dict[tuple[int, bool], dict[str, Any]] = {}
     for line in objects_in(path, notes):
-        step = line.get("step")
-        if isinstance(step, int | float) and math.isfinite(step):
+        step = number(line.get("step"))
+        if step is not None and 0 <= step <= LAST_STEP:
             found[int(step), "loss" in line] = line
     yield from (found[key] for key in sorted(found))
 
@@ -137,9 +151,11 @@ def suites_of(folder: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, A
 def samples_of(place: Path, suite: dict[str, Any], notes: list[str]) -> list[Sample]:
     """The first rows that all models have answered in words. place: of the suite, without an ending."""
     answers: dict[str, dict[int, dict[str, Any]]] = {}
+    there = {path.name: path for path in place.parent.glob("*.jsonl")}  # a model's name may be no file's name
     for name in suite["models"]:
-        path = place.with_name(f"{place.name}.{name}.jsonl")
-        given = [line for line in objects_in(path, notes) if isinstance(line.get("generated"), str)]
+        path = there.get(f"{place.name}.{name}.jsonl")
+        lines = objects_in(path, notes) if path else ()
+        given = [line for line in lines if isinstance(line.get("generated"), str)]
         if given:
             answers[name] = {line["row"]: line for line in given if isinstance(line.get("row"), int)}
     if not answers:
@@ -156,6 +172,19 @@ def samples_of(place: Path, suite: dict[str, Any], notes: list[str]) -> list[Sam
 
 
 def number(value: Any) -> float | None:
-    """A finite number, or None for whatever else a file may hold."""
-    right = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if right else None
+    """A number whose size is 0 or from LEAST to LARGEST, or None for whatever else a file may hold."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if value == 0 or LEAST <= abs(value) <= LARGEST else None
+
+
+def section(found: dict[str, Any], name: str) -> dict[str, Any]:
+    """An object in an object; empty where none is there, or something else."""
+    inside = found.get(name)
+    return inside if isinstance(inside, dict) else {}
+
+
+def listed(found: dict[str, Any], name: str) -> list[Any]:
+    """A list in an object; empty where none is there, or something else."""
+    inside = found.get(name)
+    return inside if isinstance(inside, list) else []

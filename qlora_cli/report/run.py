@@ -11,7 +11,7 @@ from qlora_cli.report.curves import charts
 from qlora_cli.report.page import document, escaped, refuse_strange, write_whole
 from qlora_cli.report.png import MARK as PICTURE_MARK
 from qlora_cli.report.png import picture
-from qlora_cli.report.reading import RunFiles, read_run
+from qlora_cli.report.reading import RunFiles, read_run, section
 
 MARK = "<!-- written by qlora report: it may be overwritten -->"
 """In the beginning of every page, so that no other file is ever overwritten."""
@@ -64,7 +64,7 @@ def write_report(folder: Path, page: Path | None = None, png: Path | None = None
 
 def run_page(run: RunFiles) -> str:
     """The page of a run."""
-    title = f"{escaped(run.folder.resolve().name)}: {escaped(facts.section(run, 'model').get('name_or_path'))}"
+    title = f"{escaped(run.folder.resolve().name)}: {escaped(section(run.recipe, 'model').get('name_or_path'))}"
     described = "".join(f"<dt>{escaped(label)}</dt><dd>{escaped(text)}</dd>" for label, text in facts.facts(run))
     figures = "\n".join(map(svg.figure, charts(run))) or "<p>No step was logged yet.</p>"
     parts = [

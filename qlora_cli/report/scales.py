@@ -25,7 +25,7 @@ class Axis:
     def at(self, value: float) -> float:
         """Where a value lies, from 0 at the low end to 1 at the high one."""
         if self.log:
-            return math.log(value / self.low) / math.log(self.high / self.low)
+            return (math.log(value) - math.log(self.low)) / (math.log(self.high) - math.log(self.low))
         return (value - self.low) / (self.high - self.low)
 
     def labels(self) -> list[str]:
@@ -52,8 +52,9 @@ def steps_axis(last: float) -> Axis:
 
 def linear_axis(low: float, high: float, about: int = 5) -> Axis:
     """From a round number at or below `low` to one at or above `high`, with about so many steps between them."""
-    if high <= low:  # one value: it is in the middle, or on top of an axis from 0
-        low, high = (0.0, 2 * low) if low > 0 else (low - 1.0, low + 1.0)
+    if high - low <= 1e-9 * max(abs(low), abs(high)):  # one value: it is in the middle, also of an axis from 0
+        reach = abs(low) or 1.0
+        low, high = low - reach, low + reach
     step = round_step((high - low) / about)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     ticks = tuple(float(f"{number * step:.12g}") for number in range(first, last + 1))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from qlora_cli.model.source import read_json
 from qlora_cli.model.whole_folder import replace_text
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.dump import to_yaml
@@ -56,12 +57,12 @@ def part(run: Run, recipe: Recipe, merge: dict[str, Any] | None) -> str:
 def merge_of(run: Run) -> dict[str, Any] | None:
     """merge.json in the run's own merged folder."""
     path = run.folder / "merged" / MERGED
-    return json.loads(path.read_text()) if path.is_file() else None
+    return read_json(path, "it says what was merged") if path.is_file() else None
 
 
 def results(run: Run) -> str:
     """The figures of every suite, or the last held-out figures of training."""
-    suites = [json.loads(path.read_text()) for path in sorted(run.evaluations.glob("*.json"))]
+    suites = [read_json(path, "it holds a suite's figures") for path in sorted(run.evaluations.glob("*.json"))]
     if suites:
         return "\n\n".join(map(suite_table, suites)) + "\n\nIn brackets 95% intervals."
     lines = run.metrics.read_text().splitlines() if run.metrics.is_file() else []
@@ -106,8 +107,10 @@ def certificate(merge: dict[str, Any] | None) -> str:
     over = f"against the unmerged model over {found['positions']:,} positions of {found['rows']:,} rows{read}"
     verdict = ""
     if found["limit"] is not None:
-        verdict = f" The certificate {'holds' if found['held'] else 'does **not** hold'}: the limit of the mean KL is "
-        verdict += f"{found['limit']:.0e}."
+        default = f", asked for ({found['default_limit']:.0e} by default)"
+        asked = "" if found["limit"] == found["default_limit"] else default
+        verdict = f" The certificate {'holds' if found['held'] else 'does **not** hold'}: "
+        verdict += f"the limit of the mean KL is {found['limit']:.0e}{asked}."
     return f"{how}, {over}.{verdict}\n\n{table(['', ''], rows)}"
 
 
@@ -115,8 +118,9 @@ def data(facts: dict[str, Any], recipe: Recipe) -> str:
     """What was trained on and what was held out: names, counts and hashes."""
     known = facts.get("data", {})
     files = known.get("files", {})
-    trained = [["train", _name(one["path"]), files.get(one["path"], "")] for one in known.get("parts", [])]
-    held_out = [["held out", _name(source.path), ""] for source in recipe.data.eval]
+    trained = [["train", short(one["path"]), files.get(one["path"], "")] for one in known.get("parts", [])]
+    held_out = [["held out", short(path), digest] for path, digest in facts.get("held_out_files", {}).items()]
+    held_out = held_out or [["held out", short(source.path), ""] for source in recipe.data.eval]
     counts = ""
     if known:
         digest = facts.get("fingerprints", {}).get("data", "")
@@ -154,8 +158,9 @@ def _short(value: Any) -> Any:
         return {name: _short(one) for name, one in value.items()}
     if isinstance(value, list):
         return [_short(one) for one in value]
-    return _name(value) if isinstance(value, str) and Path(value).is_absolute() else value
+    return short(value) if isinstance(value, str) and Path(value).is_absolute() else value
 
 
-def _name(path: str) -> str:
+def short(path: str) -> str:
+    """The last part of a path from the root; any other name as it is."""
     return Path(path).name if Path(path).is_absolute() else path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Iterable
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 
 from qlora_cli import __version__
 from qlora_cli.data.readers import DataFile
+from qlora_cli.data.sources import Part
 from qlora_cli.data.store import part_to_json
 from qlora_cli.model.base import Base
 from qlora_cli.model.whole_folder import sha256
@@ -44,7 +46,7 @@ def run_facts(recipe: Recipe, base: Base, base_fingerprint: str, feed: Feed, tod
             "rows": len(feed.examples.rows),
             "trained_tokens": feed.examples.num_trained,
             "parts": [part_to_json(part) for part in feed.examples.parts],
-            "files": {part.path: sha256(Path(part.path)) for part in feed.examples.parts if isinstance(part, DataFile)},
+            "files": file_hashes(feed.examples.parts),
             "split": {"eval_fraction": recipe.data.eval_fraction, "seed": recipe.training.seed},
         },
         "fingerprints": {
@@ -54,6 +56,11 @@ def run_facts(recipe: Recipe, base: Base, base_fingerprint: str, feed: Feed, tod
             "data": feed.digest,
         },
     }
+
+
+def file_hashes(parts: Iterable[Part]) -> dict[str, str]:
+    """Hex SHA-256 of each file of some data, by its path; what comes from the hub has none."""
+    return {part.path: sha256(Path(part.path)) for part in parts if isinstance(part, DataFile)}
 
 
 def digest(text: str) -> str:

@@ -12,12 +12,15 @@ from qlora_cli.model.adapter import save_adapter
 from qlora_cli.model.base import Base
 from qlora_cli.model.heads import TASKS
 from qlora_cli.model.owner import Owner, changed_content
+from qlora_cli.model.prequantized import method_of
+from qlora_cli.model.source import read_config
 from qlora_cli.model.start import changes_base
 from qlora_cli.model.whole_folder import publish
-from qlora_cli.quant.layers import is_packed
+from qlora_cli.quant.bitsandbytes import CONFIGS
+from qlora_cli.quant.layers import is_packed, skip_patterns
 from qlora_cli.recipe import Recipe
 from qlora_cli.recipe.schema import Quantization
-from qlora_cli.train.card import with_place
+from qlora_cli.train.card import short, with_place
 
 CARD = """---
 base_model: {base}
@@ -31,14 +34,22 @@ Trained by qlora {version} for {steps} optimizer steps on {data}
 (base stored as {stored}, compute in {compute_dtype}, learning rate {learning_rate:g}, seed {seed}).
 """
 
-QUANTIZED = """
+PLAIN = """
 ```python
+import torch
 from peft import {peft_class}
-
-model = {peft_class}.from_pretrained("path/to/this/folder"{arguments})
+{config}
+model = {peft_class}.from_pretrained("path/to/this/folder", {arguments})
 ```
+"""
 
-It was trained on the quantised base, so quantise the base as above when you load it, or run `qlora merge`.
+QUANTIZED = """from transformers import BitsAndBytesConfig
+
+quantized = BitsAndBytesConfig({settings})"""
+
+ON_QUANTIZED = """
+It was trained on the base as it is quantised here, and says other things on another one. `qlora merge` adds it to these
+very weights.
 """
 
 PACKED = """
@@ -101,10 +112,10 @@ def card(recipe: Recipe, base: Base, steps: int) -> str:
     given = {name: value for name, value in recipe.quantization.model_dump().items() if value != defaults[name]}
     stored = {"data_type": recipe.quantization.data_type, **given}
     text = CARD.format(
-        base=recipe.model.name_or_path,
+        base=short(recipe.model.name_or_path),
         version=__version__,
         steps=steps,
-        data=", ".join(source.path for source in recipe.data.train),
+        data=", ".join(short(source.path) for source in recipe.data.train),
         stored=", ".join(f"{name} {value}" for name, value in stored.items()),
         compute_dtype=str(base.compute_dtype).removeprefix("torch."),
         learning_rate=recipe.training.learning_rate,
@@ -115,8 +126,22 @@ def card(recipe: Recipe, base: Base, steps: int) -> str:
         return text + STARTED.format(init=recipe.adapter.init, folder=base.folder, auto_class=auto_class)
     if is_packed(recipe.quantization):
         return text + PACKED.format(auto_class=auto_class)
+    config, arguments = loading(recipe, base)
     peft_class = auto_class.replace("AutoModel", "AutoPeftModel")
-    return text + QUANTIZED.format(peft_class=peft_class, arguments=head_arguments(base))
+    plain = PLAIN.format(peft_class=peft_class, config=config, arguments=arguments + head_arguments(base))
+    return text + plain + (ON_QUANTIZED if config else "")
+
+
+def loading(recipe: Recipe, base: Base) -> tuple[str, str]:
+    """Lines that say how the base is quantised, none where it is not or is stored so, and the arguments of a loader."""
+    dtype = f"dtype={base.compute_dtype}"
+    quantization = base.head.spared(recipe.quantization)
+    if quantization.data_type not in CONFIGS or method_of(read_config(base.folder)) is not None:
+        return "", dtype
+    skipped = skip_patterns(quantization)
+    known = {**CONFIGS[quantization.data_type](quantization, base.compute_dtype), "llm_int8_skip_modules": skipped}
+    settings = ", ".join(f"{name}={value!r}" for name, value in known.items())
+    return QUANTIZED.format(settings=settings), f"quantization_config=quantized, {dtype}"
 
 
 def head_arguments(base: Base) -> str:

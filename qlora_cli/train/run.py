@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from qlora_cli.errors import Exit, UserError
+from qlora_cli.model.source import read_json
 from qlora_cli.model.whole_folder import replace_text
 from qlora_cli.recipe import Recipe, dump_recipe
 from qlora_cli.train.checkpoint import checkpoints
@@ -120,7 +121,7 @@ def claim(run: Run, recipe: Recipe, recipe_text: bytes) -> None:
     """
     resolved = dump_recipe(recipe)
     if run.resolved.exists():
-        different = differences(yaml.safe_load(run.resolved.read_text()), yaml.safe_load(resolved))
+        different = differences(read_resolved(run), yaml.safe_load(resolved))
         if different and has_progress(run):  # else nothing was trained there: a first attempt that failed
             raise UserError(
                 f"output_dir: {run.folder}",
@@ -137,6 +138,18 @@ def claim(run: Run, recipe: Recipe, recipe_text: bytes) -> None:
             )
     (run.folder / "recipe.yaml").write_bytes(recipe_text)
     replace_text(run.resolved, resolved)
+
+
+def read_resolved(run: Run) -> dict[str, Any]:
+    """resolved.yaml as plain values. Raises UserError where it is damaged."""
+    todo = "restore the file, or choose another output_dir"
+    try:
+        values = yaml.safe_load(run.resolved.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(run.resolved, f"damaged: {' '.join(str(error).split())[:200]}", todo) from error
+    if not isinstance(values, dict):
+        raise UserError(run.resolved, "damaged: it holds no recipe", todo)
+    return values
 
 
 def has_progress(run: Run) -> bool:
@@ -176,14 +189,19 @@ def check_resume(run: Run, resume: str) -> None:
 
 
 def read_facts(run: Run) -> dict[str, Any] | None:
-    """run.json, or None where the run has none yet."""
-    return json.loads(run.facts.read_text()) if run.facts.exists() else None
+    """run.json, or None where the run has none yet. Raises UserError where it is damaged."""
+    return read_json(run.facts, "it says what was trained") if run.facts.exists() else None
 
 
 def date_of(run: Run) -> date:
     """The day the run began, which a chat template that prints the date gets ever after; today for a new run."""
     facts = read_facts(run)
-    return date.fromisoformat(facts["date"]) if facts and "date" in facts else date.today()
+    if not facts or "date" not in facts:
+        return date.today()
+    try:
+        return date.fromisoformat(facts["date"])
+    except (ValueError, TypeError) as error:
+        raise UserError(run.facts, f"date is {facts['date']!r}, no day", "write it as YYYY-MM-DD") from error
 
 
 def write_facts(run: Run, facts: dict[str, Any]) -> None:

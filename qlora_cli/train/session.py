@@ -29,7 +29,7 @@ from qlora_cli.train.allocator import keep_freed_memory
 from qlora_cli.train.base import calibration_rows, make_base, recipe_of_base
 from qlora_cli.train.best import Best, restored
 from qlora_cli.train.checkpoint import Progress, load_checkpoint, newest_valid, step_of
-from qlora_cli.train.facts import run_facts
+from qlora_cli.train.facts import file_hashes, run_facts
 from qlora_cli.train.feed import Feed, Place, StreamFeed
 from qlora_cli.train.losses import Losses, no_losses
 from qlora_cli.train.optimizers import build_optimizer
@@ -140,7 +140,7 @@ def prepare(recipe: Recipe, run: Run, report: Report, resume: str, planner: Plan
     if accelerator.is_main_process:
         say_if_held_out_changed(run, eval_set, report)
         facts = run_facts(recipe, base, base_digest, feed, today)
-        write_facts(run, {**facts, "held_out": eval_set.digest})
+        write_facts(run, {**facts, "held_out": eval_set.digest, "held_out_files": file_hashes(eval_set.parts)})
     restore(session, resume)
     check_agreement(session, base_digest)
     seed_processes(session)

@@ -41,6 +41,22 @@ def byte_level(regex: str | None, *, ignore_merges: bool = False, nfc: bool = Fa
     return tokenizer
 
 
+DECODER = {
+    "type": "Sequence",
+    "decoders": [
+        {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ],
+}
+
+
+def _merges(texts: list[str], known: set[str]) -> list[tuple[str, str]]:
+    """Every pair of known tokens that makes one of the texts."""
+    pairs = ((text[:at], text[at:]) for text in texts for at in range(1, len(text)))
+    return [pair for pair in pairs if known.issuperset(pair)]
+
+
 def sentencepiece(prefix: str) -> PreTrainedTokenizerFast:
     """A SentencePiece BPE of bytes, letters and words; prefix: legacy (Llama 2), first (Mistral), never (Gemma)."""
     special = ["<unk>", "<s>", "</s>", "<|user|>", "<|assistant|>", "<|end|>"]
@@ -50,13 +66,6 @@ def sentencepiece(prefix: str) -> PreTrainedTokenizerFast:
     vocab = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
     grown = sorted({word[:end] for word in words for end in range(2, len(word) + 1)}, key=lambda t: (len(t), t))
     vocab = list(dict.fromkeys([*vocab, *grown]))
-    known = set(vocab)
-    merges = [
-        (text[:at], text[at:])
-        for text in grown
-        for at in range(1, len(text))
-        if text[:at] in known and text[at:] in known
-    ]
     layout: dict[str, Any] = {
         "version": "1.0",
         "truncation": None,
@@ -72,17 +81,10 @@ def sentencepiece(prefix: str) -> PreTrainedTokenizerFast:
             "fuse_unk": True,
             "byte_fallback": True,
             "vocab": {text: index for index, text in enumerate(vocab)},
-            "merges": merges,
+            "merges": _merges(grown, set(vocab)),
         },
         "post_processor": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [
-                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
-                {"type": "ByteFallback"},
-                {"type": "Fuse"},
-            ],
-        },
+        "decoder": DECODER,
     } | _spaces(prefix)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(layout)),

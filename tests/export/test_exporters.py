@@ -50,6 +50,12 @@ def test_nothing_is_overwritten_and_nothing_is_put_into_what_is_exported(tmp_pat
             refuse_place(out, [])
 
 
+@pytest.mark.parametrize("length", [250, 300])
+def test_a_name_that_is_too_long_for_the_disk_is_a_message(length, tmp_path):
+    with pytest.raises(UserError, match="too long a name for this disk"):
+        refuse_place(tmp_path / ("x" * length), [])
+
+
 def test_paths_of_this_machine_in_small_files_are_told(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "/home/me/base", "model_type": "llama"}))
     (tmp_path / "other.json").write_text("[1]")

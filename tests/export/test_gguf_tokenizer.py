@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from qlora_cli.data.prompts import Prompts
 from qlora_cli.errors import UserError
 from qlora_cli.export import gguf_pretokenizers as cuts
-from qlora_cli.export.gguf_tokenizer import KEY, Kind, vocabulary_of
+from qlora_cli.export import gguf_tokenizer
+from qlora_cli.export.gguf_tokenizer import KEY, Kind, Trained, vocabulary_of
 from tests.export.gguf_models import CHATML, QUICKSTART, byte_level, sentencepiece
 
 
@@ -176,3 +180,21 @@ def test_what_llama_cpp_does_otherwise_is_said(tmp_path: Path) -> None:
     layout["added_tokens"][1]["rstrip"] = True
     (tmp_path / "tokenizer.json").write_text(json.dumps(layout))
     assert "does not strip spaces beside added tokens" in vocabulary_of(tmp_path, 1024).notes[-1]
+
+
+def test_a_template_without_an_end_is_stopped_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gguf_tokenizer, "Prompts", partial(Prompts, row_seconds=0.5))
+    tokenizer = sentencepiece("legacy")
+    tokenizer.chat_template = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    began = time.monotonic()
+    with pytest.raises(UserError, match=r"takes more than 0.5 s of processor time"):
+        fields_of(tokenizer, tmp_path)
+    assert time.monotonic() - began < 30
+
+
+def test_bos_is_looked_for_with_the_arguments_of_the_run(tmp_path: Path) -> None:
+    tokenizer = sentencepiece("legacy")
+    tokenizer.chat_template = "{{ bos_token if begin else '' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert not fields_of(tokenizer, tmp_path)[KEY + "add_bos_token"]
+    found = vocabulary_of(tmp_path, len(tokenizer) + 8, Trained({"begin": True}))
+    assert found.fields[KEY + "add_bos_token"]

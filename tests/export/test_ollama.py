@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,22 @@ from go_reader import execute, modelfile
 from templates import SHAPES, TRIMMED, chat_of, settings_of
 
 from qlora_cli.data.conversations import assistant, user
+from qlora_cli.data.formats import FORMATS
 from qlora_cli.errors import UserError
 from qlora_cli.export import ollama
+from qlora_cli.export.asked import COLUMNS, asked_of
 from qlora_cli.export.ollama import Reading, adds_bos, quoted, read_template, write_ollama
 from qlora_cli.export.source import Order, Source
 from qlora_cli.export.turns import Turns, find_turns
+from qlora_cli.recipe.schema import Source as Rows
 from tests.tiny import write_tiny_model
+
+ASKED = {
+    "alpaca": {"instruction": 'Say "{x}"\n\n{{ y }}', "output": "b"},
+    "question_answer": {"question": 'Say "{x}"', "answer": "b"},
+    "summarisation": {"document": 'Say "{x}"', "summary": "b"},
+}
+"""Formats whose rows have a prompt around them, each with a row."""
 
 MESSAGES = [user("Why?"), assistant("So."), user("And?")]
 BOS_SHAPE = SHAPES["the system text in the user's turn"]
@@ -87,6 +98,49 @@ def test_a_model_without_a_template_gets_what_is_asked_as_it_is():
     assert ollama.template_text(reading, adds_bos=True)[0] == "{{ .Prompt }}"
 
 
+def test_every_format_with_a_prompt_is_tried_here():
+    assert set(COLUMNS) == set(ASKED)
+
+
+@pytest.mark.parametrize("name", ASKED)
+def test_a_model_of_rows_with_a_prompt_is_asked_in_that_prompt(name):
+    row = ASKED[name]
+    content = FORMATS[name].read(row, "x")
+    asked = asked_of([Rows(path="x", format=name)])
+    assert asked.name == name
+    text, notes = ollama.template_text(replace(reading_of(None), asked=asked), adds_bos=False)
+    assert "{{ .Prompt }}" in text
+    wanted = content.plain.pieces[0][0]
+    before, prompt, behind = text.partition("{{ .Prompt }}")
+    assert unquoted(before) + next(iter(row.values())) + unquoted(behind) == wanted
+    assert notes == [
+        f"the model has no chat template: what is asked goes into the prompt of its training rows ({name})"
+    ]
+    text, _notes = ollama.modelfile("mine", replace(reading_of(None), asked=asked), adds_bos=False)
+    assert modelfile(text)["TEMPLATE"] == [before + prompt + behind]
+
+
+def unquoted(text: str) -> str:
+    """Template text as what Go writes."""
+    return execute(text, []) if "{{" in text else text
+
+
+def test_verbatim_rows_have_no_prompt_and_what_cannot_be_proven_is_named(tmp_path):
+    assert asked_of([Rows(path="x", format="prompt_completion")]).around == ("", "")
+    note = ollama.plain_text(asked_of([Rows(path="x", format="text")]))[1]
+    assert note.endswith("goes to it as it is, as its training rows were")
+    mixed = asked_of([Rows(path="x", format="alpaca"), Rows(path="x", format="question_answer")])
+    text, note = ollama.plain_text(mixed)
+    assert text == "{{ .Prompt }}"
+    assert "without the prompt that its training rows had (alpaca, question_answer)" in note
+    own = asked_of([Rows(path="x", template={"prompt": "Q: {{ q }}", "completion": "{{ a }}"})])
+    assert "(data.train[].template)" in ollama.plain_text(own)[1]
+    rows = tmp_path / "rows.jsonl"
+    assert "cannot be told without the rows" in ollama.plain_text(asked_of([Rows(path=str(rows))]))[1]
+    rows.write_text('{"question": "a", "answer": "b"}\n')
+    assert asked_of([Rows(path=str(rows))]).name == "question_answer"
+
+
 def test_the_settings_come_from_the_folder_and_the_run(tiny_model, tmp_path):
     reading = read_template(Source(tiny_model, "mine"))
     assert reading.turns == find_turns(chat_of(SHAPES["chatml"]))
@@ -122,9 +176,10 @@ def test_a_model_that_generates_no_text_is_refused(tiny_model, tmp_path):
 def test_the_folder_is_whole_and_its_bos_is_read_from_the_very_file(tmp_path, shared):
     pytest.importorskip("gguf")
     folder = shared / "weights" / "stories260k-hf"
-    facts = write_ollama(Source(folder, "stories", inputs=(folder,)), order_of(tmp_path / "out"))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"model.gguf", "Modelfile", "manifest.json"}
-    found = modelfile((tmp_path / "out" / "Modelfile").read_text())
-    bos = "" if adds_bos(tmp_path / "out" / "model.gguf") else "<s>"
+    out = tmp_path / "an out"
+    facts = write_ollama(Source(folder, "stories", inputs=(folder,)), order_of(out))
+    assert {path.name for path in out.iterdir()} == {"model.gguf", "Modelfile", "manifest.json"}
+    found = modelfile((out / "Modelfile").read_text())
+    bos = "" if adds_bos(out / "model.gguf") else "<s>"
     assert found["TEMPLATE"] == [bos + "{{ .Prompt }}"]
-    assert facts.commands[0].startswith("ollama create stories -f ")
+    assert shlex.split(facts.commands[0]) == ["ollama", "create", "stories", "-f", str(out / "Modelfile")]

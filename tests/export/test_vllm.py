@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 from pathlib import Path
 
@@ -106,13 +107,38 @@ def test_an_adapter_is_served_on_its_base_with_a_rank_that_vllm_takes(adapter, t
     facts = write_vllm_lora(Source(adapter, "mine", base="me/base"), order_of(tmp_path / "out"))
     where, arguments = served(tmp_path / "out", tmp_path)
     assert where == str(tmp_path / "out")
-    told = ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", "mine=.", "--port", "1"]
+    template = ["--chat-template", "./chat_template.jinja"]
+    told = ["--enable-lora", "--max-lora-rank", "8", *template, "--lora-modules", "mine=.", "--port", "1"]
     assert arguments == ["serve", "me/base", *told]
     assert facts.notes == []
+    assert shlex.split(facts.commands[0])[-4:] == [
+        *("--chat-template", str(tmp_path / "out" / "chat_template.jinja")),
+        *("--lora-modules", f"mine={tmp_path / 'out'}"),
+    ]
     facts = write_vllm_lora(Source(adapter, "mine", base="/models/base"), order_of(tmp_path / "other"))
     assert "the base is a folder of this machine, /models/base: --base-name HUB/ID" in facts.notes[0]
     facts = write_vllm_lora(Source(adapter, "mine", base="/models/base"), order_of(tmp_path / "third", "me/base"))
     assert facts.commands[0].startswith("vllm serve me/base --enable-lora")
+
+
+def test_a_template_in_the_tokenizers_config_is_served_and_none_is_none(adapter, tmp_path):
+    source = changed(adapter, tmp_path / "adapter")
+    template = (source.folder / "chat_template.jinja").read_text()
+    (source.folder / "chat_template.jinja").unlink()
+    facts = write_vllm_lora(source, order_of(tmp_path / "without"))
+    assert "--chat-template" not in facts.commands[0]
+    config = source.folder / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": template}))
+    facts = write_vllm_lora(source, order_of(tmp_path / "with"))
+    assert "--chat-template" in facts.commands[0]
+    assert (tmp_path / "with" / "chat_template.jinja").read_text() == template
+
+
+def test_a_base_that_is_named_from_here_is_found_from_there(adapter, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tiny_model.parent)
+    facts = write_vllm_lora(Source(adapter, "mine", base=tiny_model.name), order_of(tmp_path / "out"))
+    assert served(tmp_path / "out", tmp_path)[1][:2] == ["serve", str(tiny_model)]
+    assert facts.commands[0].startswith(f"vllm serve {tiny_model} ")
 
 
 @pytest.mark.parametrize("key", CANNOT)

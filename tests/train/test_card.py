@@ -20,6 +20,7 @@ CERTIFICATE = {
     "loss_unmerged": 0.5,
     "loss_merged": 0.51,
     "limit": 5e-3,
+    "default_limit": 5e-3,
     "rows": 64,
     "manner": "whole",
 }
@@ -77,6 +78,7 @@ def test_a_name_cannot_break_a_table():
     ("change", "words"),
     [
         ({}, "The certificate holds: the limit of the mean KL is 5e-03."),
+        ({"limit": 1.0}, "The certificate holds: the limit of the mean KL is 1e+00, asked for (5e-03 by default)."),
         ({"held": False}, "The certificate does **not** hold"),
         ({"manner": "streamed"}, "read from the disk a layer at a time"),
         (

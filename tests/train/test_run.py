@@ -9,7 +9,18 @@ import sys
 import pytest
 
 from qlora_cli.errors import Exit, UserError
-from qlora_cli.train.run import MAY_CHANGE, Run, append_metrics, check_resume, claim, differences, locked, metrics_until
+from qlora_cli.train.run import (
+    MAY_CHANGE,
+    Run,
+    append_metrics,
+    check_resume,
+    claim,
+    date_of,
+    differences,
+    locked,
+    metrics_until,
+    read_facts,
+)
 
 
 def test_a_second_process_is_refused_while_the_first_one_lives(tmp_path):
@@ -116,3 +127,18 @@ def test_another_data_source_is_told_by_the_key_that_differs():
         "data.train[0].weight is 1 there, 2 here",
         "training.deterministic is true there, false here",
     ]
+
+
+@pytest.mark.parametrize("damaged", [b"{", b"\xff\xfe\x00", b"[1]", b""])
+def test_a_damaged_run_folder_is_a_message(tmp_path, make_recipe, damaged):
+    run = Run(tmp_path)
+    assert read_facts(run) is None
+    run.facts.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"run.json: (not JSON|expected a JSON object)"):
+        read_facts(run)
+    run.facts.write_text('{"date": "soon"}')
+    with pytest.raises(UserError, match=r"date is 'soon', no day. Write it as YYYY-MM-DD"):
+        date_of(run)
+    run.resolved.write_bytes(damaged)
+    with pytest.raises(UserError, match=r"resolved.yaml: damaged"):
+        claim(run, make_recipe(), b"")
