@@ -62,12 +62,14 @@ def inode(path: Path) -> tuple[int, int]:
 
 def wrong_sign(patch: pytest.MonkeyPatch) -> None:
     real = fold.LowRankRows.added
-    patch.setattr(fold.LowRankRows, "added", lambda rows, exact, some: 2 * exact - real(rows, exact, some))
+    patch.setattr(fold.LowRankRows, "added", lambda rows, exact, some: 2 * exact - real(rows, exact.clone(), some))
 
 
 def wrong_scale(patch: pytest.MonkeyPatch) -> None:
     real = fold.LowRankRows.added
-    patch.setattr(fold.LowRankRows, "added", lambda rows, exact, some: exact + 1.1 * (real(rows, exact, some) - exact))
+    patch.setattr(
+        fold.LowRankRows, "added", lambda rows, exact, some: exact + 1.1 * (real(rows, exact.clone(), some) - exact)
+    )
 
 
 def a_module_left_out(patch: pytest.MonkeyPatch) -> None:

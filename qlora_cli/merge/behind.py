@@ -20,6 +20,10 @@ Item = tuple[str, Tensor] | BaseException | None
 """What the thread is handed: a tensor and its name, why the file is given up, or that it is whole."""
 
 
+WAITING = 32
+"""Pieces that may wait, 2 MB each in 16 bits: what is computed while a file of 100 MB is synced."""
+
+
 class Behind:
     """One file after the other. A context: leaving it waits for all, and raises the error of one that failed.
 
@@ -34,7 +38,7 @@ class Behind:
     def file(self, path: Path, entries: Sequence[Entry]) -> Iterator[Write]:
         """A safetensors file that gets its name once it is whole and on the disk; not where the block fails."""
         self._raise_failed()
-        waiting: Queue[Item] = Queue(4)
+        waiting: Queue[Item] = Queue(WAITING)
         writing = self.thread.submit(_write, path, entries, waiting)
         self.files.append(writing)
 

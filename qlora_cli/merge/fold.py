@@ -56,11 +56,11 @@ def folded(adapter: Adapter, fold: Fold, weight: Tensor, dtype: torch.dtype) -> 
         target = piece.T if transposed else piece
         for begin in range(first, min(last, len(rows)), step):
             end = min(begin + step, last, len(rows))
-            exact = rows[begin:end].float()
+            exact = rows[begin:end].to(torch.float32, copy=True)
             if low_rank is not None:
                 exact = low_rank.added(exact, slice(begin, end))
             if fold.scale != 1.0:
-                exact = exact * fold.scale
+                exact *= fold.scale
             _refuse_beyond(exact, dtype, fold, adapter)
             target[begin - first : end - first] = exact
         if trained is not None:
@@ -94,8 +94,8 @@ class LowRankRows:
         self.magnitude = adapter.tensor(key + MAGNITUDE).to(device) if update.magnitude else None
 
     def added(self, exact: Tensor, rows: slice) -> Tensor:
-        """The updated rows `rows` of the weight; exact: what the base has there, (rows, in_features) float32."""
-        exact = exact + (self.b[rows] @ self.a).mul_(self.scaling)
+        """The updated rows; exact: what the base has there, (rows, in_features) float32, and is changed."""
+        exact += (self.b[rows] @ self.a).mul_(self.scaling)
         if self.magnitude is None:
             return exact
         return exact * (self.magnitude[rows] / torch.linalg.norm(exact, dim=1)).unsqueeze(1)
