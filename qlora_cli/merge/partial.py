@@ -61,11 +61,6 @@ def made_aside(out: Path, inputs: Mapping[str, Any], num_bytes: int) -> Iterator
             sync(out.absolute().parent)
 
 
-def discard(out: Path) -> None:
-    """Removes what an unfinished merge has left beside `out`."""
-    shutil.rmtree(place_of(out), ignore_errors=True)
-
-
 def refuse_taken(out: Path) -> None:
     """Refuses a place with something in it: nothing is overwritten."""
     if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()))):

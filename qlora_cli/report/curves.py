@@ -19,15 +19,21 @@ SHARES = ("accuracy", "exact_match", "f1", "json_equal", "json_valid", "gsm8k")
 
 def charts(run: RunFiles) -> list[Chart]:
     """Loss, learning rate, gradient norm, memory, speed and figures of evaluations, as far as they were logged."""
+    measured = tuple(shares(run))
     found = [
         Chart("loss", "Loss", loss_unit(run), tuple(losses(run))),
         Chart("rate", "Learning rate", "learning rate", rate(run), from_zero=True),
         Chart("norm", "Gradient norm, before clipping", "norm", one_of(run, "grad_norm", "norm")),
         memory(run),
         Chart("speed", "Speed", "trained tokens/s", one_of(run, "trained_tokens_per_s", "speed"), from_zero=True),
-        Chart("shares", "Evaluations in training", "share", tuple(shares(run)), from_zero=True),
+        Chart("shares", "Evaluations in training", share_unit(measured), measured, from_zero=True),
     ]
     return [chart for chart in found if chart.series]
+
+
+def share_unit(measured: Sequence[Series]) -> str:
+    """What the axis of shares is called: one line has no legend."""
+    return f"{measured[0].name}, share" if len(measured) == 1 else "share"
 
 
 def loss_unit(run: RunFiles) -> str:
